@@ -7,13 +7,14 @@ __all__ = ['max_condition', 'as_work', 'check_matrix', 'check_share', 'svd', 'si
            'null_mask', 'numerical_rank', 'map_spectrum_svd', 'spread', 'map_spectrum', 'spectral_norm',
            'polar_iteration', 'polar', 'lift']
 
-# %% ../nbs/00_spectra.ipynb #006ff7da
+# %% ../nbs/00_spectra.ipynb #f68e8c6d
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Real
 from typing import Callable
 import torch
 from torch import Tensor
 
-# %% ../nbs/00_spectra.ipynb #7071da7c
+# %% ../nbs/00_spectra.ipynb #c7072aed
 def as_work(
     x:Tensor, # any floating tensor
 )->Tensor: # the same values in float32, or float64 if they came in float64
@@ -27,6 +28,7 @@ def check_matrix(
 )->Tensor: # `dw`, unchanged
     "Refuse what has no singular values: too few dimensions, an empty matrix, NaN or Inf."
     if not isinstance(dw, Tensor): raise TypeError(f"{name} must be a tensor, not {type(dw).__name__}")
+    if not dw.is_floating_point(): raise TypeError(f"{name} must be floating point, not {dw.dtype}")
     if dw.ndim<2: raise ValueError(f"{name} must have shape (…, out, in), not {tuple(dw.shape)}")
     if 0 in dw.shape[-2:]: raise ValueError(f"{name} must not be empty, but has shape {tuple(dw.shape)}")
     if not dw.isfinite().all(): raise ValueError(f"{name} has NaN or Inf entries")
@@ -36,11 +38,12 @@ def check_share(
     value:float, # a share, a threshold or a probability
     name:str, # the parameter's name, for the error
 )->float: # `value`, unchanged
-    "Refuse a share outside [0, 1], by its name."
+    "Refuse a share that is no number or lies outside [0, 1], by its name."
+    if isinstance(value, bool) or not isinstance(value, Real): raise TypeError(f"{name} must be a number, not {value!r}")
     if not 0<=value<=1: raise ValueError(f"{name} must lie in [0, 1], not {value}")
     return value
 
-# %% ../nbs/00_spectra.ipynb #043b6399
+# %% ../nbs/00_spectra.ipynb #2e4526ce
 def svd(
     dw:Tensor, # (…, out, in)
 )->tuple[Tensor, Tensor, Tensor]: # u (…, out, r), s (…, r) descending, vh (…, r, in), with r = min(out, in)
@@ -53,7 +56,7 @@ def singular_values(
     "Singular values alone, at a fraction of the price of the vectors."
     return torch.linalg.svdvals(as_work(check_matrix(dw)))
 
-# %% ../nbs/00_spectra.ipynb #76b30b46
+# %% ../nbs/00_spectra.ipynb #0414a232
 def stable_rank(
     dw:Tensor, # (…, out, in)
 )->Tensor: # (…) in [1, min(out, in)]; 0 for a zero matrix
@@ -63,7 +66,7 @@ def stable_rank(
 def _stable(s): # (…, r) -> (…)
     return torch.where(s[..., 0]>0, (s/s[..., :1]).square().sum(-1), torch.zeros_like(s[..., 0]))
 
-# %% ../nbs/00_spectra.ipynb #fb77a02a
+# %% ../nbs/00_spectra.ipynb #80015776
 def energy_rank(
     dw:Tensor, # (…, out, in)
     share:float=.5, # share of the energy to reach, in [0, 1]
@@ -74,7 +77,7 @@ def energy_rank(
     c, total = e.cumsum(-1), e.sum(-1, keepdim=True)
     return (c < share*total*(1-1e-12)).sum(-1).add(1).clamp_max(e.shape[-1]) * (total[..., 0]>0)
 
-# %% ../nbs/00_spectra.ipynb #7e559751
+# %% ../nbs/00_spectra.ipynb #c4a96aa4
 def null_mask(
     s:Tensor, # (…, r) singular values, descending
     size:int, # max(out, in)
@@ -84,7 +87,8 @@ def null_mask(
     "Which singular values lie below the numerical rank, so that their directions mean nothing."
     top = s[..., :1]
     if rank_tol is not None:
-        if not rank_tol>=0: raise ValueError(f"rank_tol must be at least 0, not {rank_tol}")
+        if isinstance(rank_tol, bool) or not isinstance(rank_tol, Real): raise TypeError(f"rank_tol must be None or a number, not {rank_tol!r}")
+        if not 0<=rank_tol<1: raise ValueError(f"rank_tol must lie in [0, 1), not {rank_tol}")
         return s <= rank_tol*top
     low = s < size*eps*top
     falls = torch.zeros_like(low)
@@ -98,7 +102,7 @@ def numerical_rank(
     "Number of singular values that are more than rounding noise."
     return (~null_mask(singular_values(dw), max(dw.shape[-2:]), torch.finfo(dw.dtype).eps, rank_tol)).sum(-1)
 
-# %% ../nbs/00_spectra.ipynb #92e7d073
+# %% ../nbs/00_spectra.ipynb #dfb8ee58
 def map_spectrum_svd(
     dw:Tensor, # (…, out, in)
     fn:Callable[[Tensor], Tensor], # singular values (…, r), descending -> new ones (…, r)
@@ -109,7 +113,7 @@ def map_spectrum_svd(
     null = null_mask(s, max(dw.shape[-2:]), torch.finfo(dw.dtype).eps, rank_tol)
     return (u*fn(s).masked_fill(null, 0.).unsqueeze(-2)@vh).to(dw.dtype)
 
-# %% ../nbs/00_spectra.ipynb #29ec1047
+# %% ../nbs/00_spectra.ipynb #24fabc0a
 max_condition = 3e4 # largest σ₁/σᵣ for which the Gram matrix in float64 keeps seven digits
 
 def _map_gram(dw, fn, rank_tol):
@@ -130,7 +134,7 @@ def _map_one(dw, fn, rank_tol):
     if out is None: return map_spectrum_svd(dw, fn, rank_tol)
     return out.mT if wide else out
 
-# %% ../nbs/00_spectra.ipynb #1ba11004
+# %% ../nbs/00_spectra.ipynb #14e8ba9e
 def spread(
     fn:Callable, # tensor -> anything
     items:list, # tensors on the CPU
@@ -152,7 +156,7 @@ def map_spectrum(
     flat = list(check_matrix(dw).reshape(-1, *dw.shape[-2:]))
     return torch.stack(spread(lambda m: _map_one(m, fn, rank_tol), flat)).reshape(dw.shape)
 
-# %% ../nbs/00_spectra.ipynb #f9df31fe
+# %% ../nbs/00_spectra.ipynb #30caf2c8
 def spectral_norm(
     dw:Tensor, # (…, out, in), float32 or float64
     squarings:int=24, # the result is at most n^(2^-(squarings+1)) times too large, n = min(out, in)
@@ -206,7 +210,7 @@ def polar(
     if dw.is_cuda: return _polar_products(check_matrix(dw).reshape(-1, *dw.shape[-2:]), rank_tol).reshape(dw.shape)
     return map_spectrum(dw, torch.ones_like, rank_tol)
 
-# %% ../nbs/00_spectra.ipynb #0bbad388
+# %% ../nbs/00_spectra.ipynb #dcf1373e
 def lift(
     s:Tensor, # (…, r) singular values, descending
     beta:float, # share of their sum that is left as it is, in [0, 1]

@@ -4,27 +4,31 @@
 
 # %% auto #0
 __all__ = ['fused_names', 'attention_modes', 'TaskVector', 'check_same_keys', 'task_vector', 'check_taus', 'block_index',
-           'in_block', 'two_dim', 'row_slices', 'default_device', 'map_matrices', 'map_task_vector']
+           'in_block', 'two_dim', 'check_attention', 'row_slices', 'default_device', 'map_matrices', 'map_task_vector']
 
-# %% ../nbs/01_tasks.ipynb #93e72085
+# %% ../nbs/01_tasks.ipynb #64d814ce
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from math import isfinite
+from numbers import Integral, Real
 from typing import Callable
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from .spectra import as_work, check_share
 
-# %% ../nbs/01_tasks.ipynb #c62d91ac
+# %% ../nbs/01_tasks.ipynb #6537600a
 class TaskVector(Mapping):
     "An immutable mapping of parameter name to change, with the arithmetic of a vector."
     def __init__(self,
         mapping:Mapping, # parameter name -> floating tensor
     ):
+        if not isinstance(mapping, Mapping): raise TypeError(f"mapping must map names to tensors, not be a {type(mapping).__name__}")
         for k, v in mapping.items():
+            if not isinstance(k, str): raise TypeError(f"mapping must have strings for names, not {k!r}")
             if not isinstance(v, Tensor): raise TypeError(f"mapping[{k!r}] must be a tensor, not {type(v).__name__}")
             if not v.is_floating_point(): raise TypeError(f"mapping[{k!r}] must be floating point, not {v.dtype}")
-        self._d = dict(mapping)
+        self._d = {k: v.detach() for k, v in mapping.items()}
 
     def __getitem__(self, k): return self._d[k]
     def __iter__(self): return iter(self._d)
@@ -77,7 +81,12 @@ class TaskVector(Mapping):
         "Weights of the model that this task vector leads to."
         missing = [k for k in self if k not in base]
         if missing: raise KeyError(f"base lacks {len(missing)} parameters of the task vector: {', '.join(missing)}")
-        return {k: v if k not in self else (as_work(v)+alpha*as_work(self[k]).to(v.device)).to(v.dtype) for k, v in base.items()}
+        bad = [f"{k}: {b.dtype} {tuple(b.shape)} in base, {v.dtype} {tuple(v.shape)} in the task vector" for k, v in self.items()
+               if (b := base[k]).shape!=v.shape or not b.is_floating_point()]
+        if bad: raise ValueError("base does not fit the task vector:\n  "+'\n  '.join(bad))
+        if isinstance(alpha, bool) or not isinstance(alpha, Real): raise TypeError(f"alpha must be a number, not {alpha!r}")
+        if not isfinite(alpha): raise ValueError(f"alpha must be finite, not {alpha}")
+        return {k: v if k not in self else (as_work(v.detach())+alpha*as_work(self[k]).to(v.device)).to(v.dtype) for k, v in base.items()}
 
     def __repr__(self): return f"TaskVector({len(self)} entries, {sum(v.numel() for v in self.values()):,} parameters, norm {self.norm():.4g})"
 
@@ -94,12 +103,16 @@ def check_same_keys(
         if bad: raise ValueError(f"{name}[0] and {name}[{i}] do not fit together:\n  "+'\n  '.join(bad))
     return taus
 
-# %% ../nbs/01_tasks.ipynb #43c905b7
+# %% ../nbs/01_tasks.ipynb #1f766ee6
 def task_vector(
     base:Mapping, # parameter name -> tensor: the pretrained model
     expert:Mapping, # the same names and shapes: a fine-tuned model
 )->TaskVector: # expert - base for every floating entry
     "What fine-tuning changed (Ilharco et al. 2023, Sec. 2)."
+    for name, state in (('base', base), ('expert', expert)):
+        if not isinstance(state, Mapping): raise TypeError(f"{name} must map names to tensors, not be a {type(state).__name__}")
+        wrong = [f"{k}: {type(v).__name__}" for k, v in state.items() if not isinstance(v, Tensor)]
+        if wrong: raise TypeError(f"{name} must hold tensors only, but has {', '.join(wrong)}")
     bad = [f"{k}: missing in expert" for k in base if k not in expert] + [f"{k}: missing in base" for k in expert if k not in base]
     for k in base:
         if k not in expert: continue
@@ -119,12 +132,14 @@ def check_taus(
 )->list: # `taus` as a list
     "Refuse what cannot be merged: no experts, too few, names or shapes that differ, NaN or Inf, the same expert twice."
     if isinstance(taus, (TaskVector, Mapping)): raise TypeError("taus must be a list of task vectors, not a single one")
+    if not isinstance(taus, Iterable): raise TypeError(f"taus must be a list of task vectors, not a {type(taus).__name__}")
     taus = list(taus)
     if not taus: raise ValueError("taus is empty: there are no experts to merge")
     if len(taus)<at_least: raise ValueError(f"taus must hold at least {at_least} experts, not {len(taus)}")
     for i, tau in enumerate(taus):
         if not isinstance(tau, TaskVector): raise TypeError(f"taus[{i}] must be a TaskVector, not {type(tau).__name__}")
     check_same_keys(taus)
+    if not taus[0]: raise ValueError("taus hold no entries: there is nothing to merge")
     for i, tau in enumerate(taus):
         bad = [k for k, v in tau.items() if not v.isfinite().all()]
         if bad: raise ValueError(f"taus[{i}] has NaN or Inf in {', '.join(bad)}")
@@ -138,7 +153,7 @@ def check_taus(
 def _fingerprint(tau): # cheap: equal task vectors have equal ones
     return tuple(v.flatten()[:: max(1, v.numel()//8)][:8].double().sum().item() for v in tau.values())
 
-# %% ../nbs/01_tasks.ipynb #d287ab42
+# %% ../nbs/01_tasks.ipynb #3d06b28a
 _block = re.compile(r'(?:^|\.)(?:resblocks|layers|layer|blocks|block|h)\.(\d+)\.')
 
 def block_index(
@@ -162,9 +177,18 @@ def two_dim(
     "The matrices that the released TSV-M, Iso-C and Iso-CTS work on: every 2-D parameter but `text_projection`."
     return w.ndim==2 and 'text_projection' not in name
 
-# %% ../nbs/01_tasks.ipynb #de13fcea
+# %% ../nbs/01_tasks.ipynb #0864f157
 fused_names = ('in_proj_weight', 'qkv.weight')
 attention_modes = ('full_attn', 'per_qkv', 'per_head')
+
+def check_attention(
+    attention:str, # one of `attention_modes`
+    head_width:int=64, # rows of one head
+):
+    "Refuse an unknown way to cut fused attention, and heads without width."
+    if attention not in attention_modes: raise ValueError(f"attention must be one of {', '.join(attention_modes)}, not {attention!r}")
+    if isinstance(head_width, bool) or not isinstance(head_width, Integral): raise TypeError(f"head_width must be an integer, not {head_width!r}")
+    if head_width<1: raise ValueError(f"head_width must be at least 1, not {head_width}")
 
 def row_slices(
     name:str, # parameter name
@@ -173,7 +197,7 @@ def row_slices(
     head_width:int=64, # rows of one head, for "per_head"
 )->list: # (label, slice of rows) of each matrix that `w` consists of
     "Where one parameter is cut into the matrices that a spectral method sees."
-    if attention not in attention_modes: raise ValueError(f"attention must be one of {', '.join(attention_modes)}, not {attention!r}")
+    check_attention(attention, head_width)
     rows = w.shape[0]
     if attention=='full_attn' or not name.endswith(fused_names): return [(name, slice(0, rows))]
     if rows%3: raise ValueError(f"{name} has {rows} rows, which is no fused q, k, v weight")
@@ -183,7 +207,7 @@ def row_slices(
     return [(f'{name}[{r}{h}]', slice(i*d+h*head_width, i*d+(h+1)*head_width))
             for i, r in enumerate('qkv') for h in range(d//head_width)]
 
-# %% ../nbs/01_tasks.ipynb #234f3446
+# %% ../nbs/01_tasks.ipynb #55419617
 def default_device()->torch.device: # cuda where there is one, else the CPU
     "Where to compute when nobody says."
     return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
@@ -213,7 +237,12 @@ def map_matrices(
     desc:str|None=None, # show a progress bar with this text
 )->dict: # label of each matrix -> fn's result for it, on the device of the input
     "Call `fn` on stacks of all matrices of one shape: the engine of every spectral method here."
+    check_attention(attention, head_width)
     many = not isinstance(taus, TaskVector)
+    if many:
+        if not isinstance(taus, (list, tuple)) or not all(isinstance(t, TaskVector) for t in taus): raise TypeError("taus must be a TaskVector or a list of them")
+        if not taus: raise ValueError("taus is empty: there are no experts to merge")
+        check_same_keys(taus)
     first, n = (taus[0], len(taus)) if many else (taus, 1)
     device = default_device() if device is None else torch.device(device)
     chunks = [c for (shape, _), items in _groups(first, select, attention, head_width).items() for c in _chunks(items, shape, n, batch_bytes)]
@@ -237,9 +266,9 @@ def map_task_vector(
     **kwargs, # device, batch_bytes, desc: as in `map_matrices`
 )->TaskVector: # every matrix replaced, in the input's dtype
     "A task vector whose matrices went through `fn` and whose other entries went through `rest`."
+    new = map_matrices(fn, taus, select, attention, head_width, **kwargs)
     many = not isinstance(taus, TaskVector)
     first = taus[0] if many else taus
-    new = map_matrices(fn, taus, select, attention, head_width, **kwargs)
     def entry(k, w):
         if select(k, w): return torch.cat([new[label] for label, _ in row_slices(k, w, attention, head_width)]).to(w.dtype)
         return rest(torch.stack([as_work(t[k]) for t in taus])).to(w.dtype) if many else w
