@@ -15,7 +15,7 @@ setup(
     long_description_content_type='text/markdown',
     packages=find_packages(include=[cfg['name'], f"{cfg['name']}.*"]),
     package_data={cfg['name']: ['zoo/*', 'zoo/*/*']},
-    install_requires=cfg['requirements'].split(), extras_require={'dev': cfg['dev_requirements'].split()},
+    install_requires=cfg['requirements'].split(), extras_require={'dev': cfg['dev_requirements'].split(), 'pool': cfg['pool_requirements'].split()},
     classifiers=['Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
     zip_safe=False,
 )

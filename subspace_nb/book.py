@@ -9,7 +9,7 @@ __all__ = ['parts', 'skip_note', 'css', 'size_cap', 'default_cap', 'Chapter', 'r
            'results_table', 'load_results', 'write_pages', 'run_book', 'save', 'readme', 'write_readme', 'remade',
            'notebook_problems', 'readme_problems', 'problems', 'main']
 
-# %% ../nbs/91_book.ipynb #97f9a6a9
+# %% ../nbs/91_book.ipynb #f7e0dc45
 import argparse, copy, json, os, posixpath, re, shutil, subprocess, sys, tempfile, time, unicodedata
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from nbdev.clean import nbdev_clean
 from pygments.formatters import HtmlFormatter
 from traitlets.config import Config
 
-# %% ../nbs/91_book.ipynb #1b7ae14c
+# %% ../nbs/91_book.ipynb #39e3b13b
 parts = {'0': 'I Ground', '1': 'II Subspace Boosting', '2': 'III Essential Subspace', '3': 'IV Evidence'}
 
 @dataclass
@@ -64,14 +64,14 @@ def chapters(
 
 def chapter_map(
     nbs:Path|str='.', # folder of notebooks
-)->str: # Markdown, one list a part
-    "The map of chapters that `index` and the README show."
-    lines = []
+)->str: # Markdown, one list a part, between two comments
+    "The map of chapters that `index` and the README show; the printed book has its table of contents there."
+    lines = ['<!-- chapters -->', '']
     for part, items in groupby((c for c in chapters(nbs) if c.part), lambda c: c.part):
         lines += [f'**{part}**', '']+[f'- [`{c.name}`]({c.name}.ipynb) {c.title}' for c in items]+['']
-    return '\n'.join(lines)
+    return '\n'.join([*lines, '<!-- end of chapters -->'])
 
-# %% ../nbs/91_book.ipynb #7663c639
+# %% ../nbs/91_book.ipynb #7e978780
 skip_note = 'Skipped: '
 
 def directives(
@@ -95,7 +95,7 @@ def has_gpu()->bool: # whether torch can compute on one
     import torch
     return torch.cuda.is_available()
 
-# %% ../nbs/91_book.ipynb #eb04eda3
+# %% ../nbs/91_book.ipynb #cd3e157a
 _bar = re.compile(r'\d+%\||\d+it \[|^\s*\d+it')
 
 def _tidy_stream(text): # what a terminal shows once carriage returns have done their work, less progress bars
@@ -154,8 +154,8 @@ def execute(
             tidy(nb)
     return nb
 
-# %% ../nbs/91_book.ipynb #8a6ae56f
-_alphabets = {'script': 'SCRIPT', 'double-struck': 'DOUBLE-STRUCK', 'bold': 'BOLD', 'fraktur': 'FRAKTUR'}
+# %% ../nbs/91_book.ipynb #dd8fc930
+_alphabets = {'script': 'SCRIPT', 'double-struck': 'DOUBLE-STRUCK', 'bold': 'BOLD'}
 
 _fences = {r'\{': '{', r'\}': '}', r'\lbrace': '{', r'\rbrace': '}', r'\|': '‖', r'\lVert': '‖', r'\rVert': '‖'} # after \big and its like
 
@@ -172,6 +172,8 @@ def mathml(
     display:str='inline', # "inline" or "block"
 )->str: # a <math> element
     "Translate TeX into MathML that browsers show by themselves."
+    bare = re.sub(r'\\[{}]', '', tex)
+    if bare.count('{')!=bare.count('}'): raise ValueError(f"formula not understood, its braces do not match: {tex}")
     tex = re.sub(r'\\(begin|end)\{(aligned|align|split)\}', r'\\\1{align*}', tex.strip())
     try: root = ET.fromstring(convert(tex, display=display))
     except Exception as e: raise ValueError(f"formula not understood: {tex}") from e
@@ -183,7 +185,7 @@ def mathml(
     root.set('xmlns', 'http://www.w3.org/1998/Math/MathML')
     return ET.tostring(root, encoding='unicode')
 
-# %% ../nbs/91_book.ipynb #b3fc066f
+# %% ../nbs/91_book.ipynb #d6eca04d
 class _Renderer(IPythonRenderer):
     "Markdown with formulas as MathML."
     def block_math(self, body): return mathml(body, 'block')
@@ -232,7 +234,7 @@ def body_html(
     return _to_pages(exporter.from_notebook_node(reading_copy(nb))[0])
 
 css = '''
-:root{color-scheme:light} *{box-sizing:border-box} .text_cell_render,.contents{max-width:46rem}
+:root{color-scheme:light} *{box-sizing:border-box} .text_cell_render>:not(.highlight),.contents{max-width:46rem}
 body{margin:0 auto;max-width:58rem;padding:1rem 1.2rem 4rem;font:17px/1.6 Charter,'Bitstream Charter',Cambria,Georgia,serif;color:#1c1c1c;background:#fff}
 nav{display:flex;justify-content:space-between;gap:1rem;font:14px/1.4 system-ui,sans-serif;padding:.6rem 0;border-bottom:1px solid #ddd}
 main+nav{border:0;border-top:1px solid #ddd;margin-top:2rem} nav span{flex:1} nav span:nth-child(2){text-align:center} nav span:nth-child(3){text-align:right}
@@ -267,7 +269,7 @@ def contents_html(
     ran:dict, # name -> executed notebook
 )->str: # HTML
     "Table of contents by part, with the time that each chapter took."
-    html = '<h2 id="contents">Contents</h2>'
+    html = ''
     for part, items in groupby((c for c in chaps if c.part), lambda c: c.part):
         entry = lambda c: f'<a href="{c.name}.html">{escape(c.title)}</a>' if c.name in ran else escape(c.title)
         rows = ''.join(f'<li><span>{entry(c)}<small>{escape(c.lead)}</small></span><span class="time">{_time(c, ran)}</span></li>' for c in items)
@@ -281,7 +283,7 @@ def outside_requests(
     loads = r'<(?:script|img|iframe|source|video|audio|embed|object|link)\b[^>]*?\b(?:src|href|data)\s*=\s*["\']?((?:https?:)?//[^"\'\s>]+)'
     return re.findall(loads, html, re.I)+re.findall(r'(?:@import\s+|url\()\s*["\']?((?:https?:)?//[^"\'\s)]+)', html, re.I)
 
-# %% ../nbs/91_book.ipynb #090bbcfa
+# %% ../nbs/91_book.ipynb #c3540dfa
 def align_table(
     head:list, # column names
     rows:list, # lists of as many strings
@@ -325,7 +327,7 @@ def load_results(
     path = Path(path)
     return json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
 
-# %% ../nbs/91_book.ipynb #cf9bda5a
+# %% ../nbs/91_book.ipynb #7725b060
 def write_pages(
     out:Path, # folder for the pages
     chaps:list, # `Chapter`s, `index` among them
@@ -339,8 +341,9 @@ def write_pages(
         around = dict(before=order[i-1] if i else None, after=order[i+1] if i+1<len(order) else None)
         (out/f'{c.name}.html').write_text(page(c.title, body_html(ran[c.name]), **around), encoding='utf-8')
     for name, nb in ran.items(): nbformat.write(nb, out/f'{name}.ipynb')
-    body = body_html(ran['index']) if 'index' in ran else ''
-    (out/'index.html').write_text(page(story.title if story else 'Contents', body+contents_html(chaps, ran)), encoding='utf-8')
+    table, body = contents_html(chaps, ran), body_html(ran['index']) if 'index' in ran else ''
+    body, found = re.subn(r'<!-- chapters -->.*?<!-- end of chapters -->', lambda _: table, body, flags=re.S)
+    (out/'index.html').write_text(page(story.title if story else 'Contents', body if found else body+table), encoding='utf-8')
 
 def run_book(
     root:Path|str='.', # the repository
@@ -366,7 +369,7 @@ def run_book(
     print(f"\n{sum(c.seconds is not None for c in chaps)} of {len(chaps)} chapters in {time.time()-start:.0f} s. Pages: {out/'index.html'}")
     return all(c.seconds is not None for c in chaps)
 
-# %% ../nbs/91_book.ipynb #d75efb0b
+# %% ../nbs/91_book.ipynb #b7e600fd
 def save(
     path:Path|str, # a notebook
     gpu:bool|None=None, # as in `execute`
@@ -378,7 +381,7 @@ def save(
     nbformat.write(nb, path)
     nbdev_clean(str(path))
 
-# %% ../nbs/91_book.ipynb #e34da516
+# %% ../nbs/91_book.ipynb #4650e1fc
 def _from_root(m): # a link seen from nbs/ -> the same seen from the root
     return f"]({posixpath.normpath(posixpath.join('nbs', m[1]))}"
 
@@ -408,7 +411,7 @@ def write_readme(
         (root/name).write_bytes(data)
     (root/'README.md').write_text(text, encoding='utf-8')
 
-# %% ../nbs/91_book.ipynb #2fc274ad
+# %% ../nbs/91_book.ipynb #f0f56c9f
 size_cap = {'index': 600_000}
 default_cap = 1_500_000
 _machine = re.compile(r'(?<![\w.-])/(?:home|root|Users|tmp|work)/[\w.-]+|[A-Z]:\\\\?Users|site-packages')
@@ -472,7 +475,7 @@ def problems(
     root = Path(root)
     return [*remade(root, lib), *(p for c in chapters(root/'nbs') for p in notebook_problems(c.path)), *readme_problems(root)]
 
-# %% ../nbs/91_book.ipynb #c01c30a4
+# %% ../nbs/91_book.ipynb #940f9e29
 def main(
     argv:list|None=None, # arguments; None: those of the command line
 )->int: # exit status

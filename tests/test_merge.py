@@ -116,7 +116,7 @@ def test_consensus_is_the_papers_loop(taus, data):
     assert close(consensus(taus, lams, agree), consensus_loop(taus, lams, agree))
     assert close(consensus(taus, torch.tensor(lams, dtype=torch.float64).tolist(), agree), consensus_loop(taus, lams, agree))
 
-@given(experts, st.floats(0, 1), st.floats(0, 1))
+@given(st.one_of(experts, whole_taus), st.floats(0, 1), st.floats(0, 1))
 def test_breadcrumbs_is_the_loop(taus, density, gamma): assert close(breadcrumbs(taus, density, gamma), breadcrumbs_loop(taus, density, gamma))
 
 @given(experts)

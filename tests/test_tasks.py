@@ -223,6 +223,14 @@ def test_the_engine_equals_a_loop(mode, heads):
     ranks = map_matrices(stable_rank, tau, attention=mode, head_width=32)
     assert len(ranks)==2*heads+3 and all(r.ndim==0 for r in ranks.values())
 
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_the_stored_dtype_sets_the_numerical_rank(dtype):
+    "A rank-8 update stored in half precision is no full-rank one, if the function sees how it was stored."
+    rng = torch.Generator().manual_seed(5)
+    w = (torch.randn(96, 8, generator=rng, dtype=torch.float64)@torch.randn(8, 64, generator=rng, dtype=torch.float64)).to(dtype)
+    got = map_task_vector(polar, TaskVector({'h.0.w': w}), lifted=False)['h.0.w']
+    assert got.dtype==dtype and (torch.linalg.svdvals(got.double()) > .1).sum()==8
+
 def test_mixed_dtypes_keep_their_own():
     tau = TaskVector({'resblocks.0.a.weight': torch.randn(4, 3, dtype=torch.float64), 'resblocks.1.a.weight': torch.randn(4, 3, dtype=torch.bfloat16)})
     got = map_task_vector(polar, tau)

@@ -1,0 +1,46 @@
+# `make run` and `make test` need only python3 and make: they build .venv on the first call.
+PYTHON  ?= python3
+WORKERS ?= 2
+BIN     := .venv/bin
+STAMP   := .venv/.installed
+
+.PHONY: help run test check lab pool bench export clean-nbs save readme
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(STAMP): settings.ini setup.py pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+run: $(STAMP) ## execute the book and print its pages to _book/
+	$(BIN)/python -m subspace_nb.book run
+
+# one thread for each of the notebooks tested side by side: torch processes that share cores slow each other down
+test: $(STAMP) ## execute every notebook's assertions, then tests/
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers $(WORKERS) --do-print --flags "$$($(BIN)/python -c 'from subspace_nb.book import has_gpu; print("cuda"*has_gpu())')"
+	$(BIN)/python -m pytest -q tests
+
+check: $(STAMP) ## do modules, notebooks and README still fit together?
+	$(BIN)/python -m subspace_nb.book check
+
+lab: $(STAMP) ## open JupyterLab on nbs/
+	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=nbs
+
+pool: $(STAMP) ## make the embedded experts again
+	$(BIN)/python -m subspace_nb.zoo_build
+
+bench: $(STAMP) ## time and measure memory
+	$(BIN)/python benchmarks/bench.py
+
+export: $(STAMP) ## notebooks to modules
+	$(BIN)/nbdev-export
+
+clean-nbs: $(STAMP) ## strip what should not be stored in notebooks
+	$(BIN)/nbdev-clean
+
+save: $(STAMP) ## execute notebooks in place: make save NB="00_spectra index"; none named: all
+	$(BIN)/python -m subspace_nb.book save $(NB)
+
+readme: $(STAMP) ## README.md from nbs/index.ipynb
+	$(BIN)/python -m subspace_nb.book readme
