@@ -7,7 +7,7 @@ __all__ = ['import_open_clip', 'field', 'noise_seed', 'Stem', 'pixels', 'stem_fe
            'write_state', 'to_sheet', 'from_sheet', 'Scores', 'state_hash', 'check_state', 'Pool', 'cache_folder',
            'remembered', 'EmbeddedPool']
 
-# %% ../nbs/02_experts.ipynb #8b7a0121
+# %% ../nbs/02_experts.ipynb #101231cc
 import hashlib, json, os, sys
 from collections.abc import Mapping
 from importlib.resources import files
@@ -24,7 +24,7 @@ from torch import nn, Tensor
 from tqdm.auto import tqdm
 from .tasks import TaskVector, default_device, task_vector
 
-# %% ../nbs/02_experts.ipynb #54632e34
+# %% ../nbs/02_experts.ipynb #9738d72a
 _declared = [] # keeps the operator library alive
 
 def import_open_clip():
@@ -40,7 +40,7 @@ def import_open_clip():
     import open_clip
     return open_clip
 
-# %% ../nbs/02_experts.ipynb #1947e6dc
+# %% ../nbs/02_experts.ipynb #2d2b4c46
 def field(
     x:np.ndarray, # (n, 32, 32) or (n, 32, 32, 3) uint8, clean
     seed:int, # of the noise
@@ -60,7 +60,7 @@ def noise_seed(
     "Each split of each task has a noise of its own."
     return crc32(f'{task}/{split}'.encode())
 
-# %% ../nbs/02_experts.ipynb #3e68ff9b
+# %% ../nbs/02_experts.ipynb #4bbb1f17
 class Stem(nn.Module):
     "Blocks 0-10 of EfficientNet-Lite0 and a fixed standardisation: (n, 3, 64, 64) -> (n, 112, 4, 4)."
     def __init__(self):
@@ -95,7 +95,7 @@ def stem_features(
         if bar is not None: bar.update(len(out[-1]))
     return torch.cat(out)
 
-# %% ../nbs/02_experts.ipynb #6d373e8d
+# %% ../nbs/02_experts.ipynb #ad939179
 class Vision(nn.Module):
     "CLIP's image tower above the frozen stem: (n, 112, 4, 4) -> (n, out), with CLIP's parameter names."
     def __init__(self,
@@ -111,7 +111,7 @@ class Vision(nn.Module):
 
     def forward(self, x): return self.visual(x)
 
-# %% ../nbs/02_experts.ipynb #17bb511a
+# %% ../nbs/02_experts.ipynb #22e3fea4
 class Zoo:
     "A folder of files listed with size and hash in its index.json; each is checked when it is first used."
     def __init__(self,
@@ -164,7 +164,7 @@ def write_state(
     tmp.chmod(0o644); os.replace(tmp, path)
     return path
 
-# %% ../nbs/02_experts.ipynb #5d54c5d5
+# %% ../nbs/02_experts.ipynb #e05508f1
 def to_sheet(
     x:np.ndarray, # (n, 32, 32) or (n, 32, 32, 3) uint8
     columns:int=24, # images in a row
@@ -184,7 +184,7 @@ def from_sheet(
     r, c = a.shape[0]//size, a.shape[1]//size
     return a.reshape(r, size, c, size, *a.shape[2:]).swapaxes(1, 2).reshape(r*c, size, size, *a.shape[2:])[:n]
 
-# %% ../nbs/02_experts.ipynb #2a1050bd
+# %% ../nbs/02_experts.ipynb #167f610e
 class Scores(pd.DataFrame):
     "A table of shares that shows itself in percent."
     _show = dict(float_format=lambda v: f'{100*v:.1f} %')
@@ -218,7 +218,7 @@ def check_state(
     if bad: raise ValueError("state does not fit this pool:\n  "+'\n  '.join(bad))
     return state
 
-# %% ../nbs/02_experts.ipynb #ca8aa2b4
+# %% ../nbs/02_experts.ipynb #47f2e988
 class Pool:
     "A base, its experts and a way to score weights on their tasks."
     splits = 'val', 'test'
@@ -320,7 +320,7 @@ class Pool:
 
     def __repr__(self): return f"{type(self).__name__}({len(self.tasks)} tasks: {', '.join(self.tasks)})"
 
-# %% ../nbs/02_experts.ipynb #08f438c2
+# %% ../nbs/02_experts.ipynb #e02899c1
 def cache_folder()->Path: # $SUBSPACE_NB_CACHE, or ~/.cache/subspace_nb
     "Where features are kept between sessions."
     return Path(os.environ.get('SUBSPACE_NB_CACHE') or Path.home()/'.cache'/'subspace_nb')
@@ -340,7 +340,7 @@ def remembered(
     except OSError: pass
     return x
 
-# %% ../nbs/02_experts.ipynb #be20953d
+# %% ../nbs/02_experts.ipynb #112ca807
 class EmbeddedPool(Pool):
     "The pool in a zoo folder: weights, images, labels, frozen stem and heads."
     splits = 'val', 'test', 'proxy'
@@ -443,7 +443,7 @@ class EmbeddedPool(Pool):
         return self._model
 
     @torch.inference_mode()
-    def _logits(self, model, task, split, batch=256):
+    def _logits(self, model, task, split, batch=512):
         w, b = self.head(task)
         return torch.cat([nn.functional.linear(model(x), w, b) for x in self.features(task, split).split(batch)])
 

