@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['boost', 'is_attention', 'subspace_boosting']
 
-# %% ../nbs/12_boost.ipynb #26dfd5f8
+# %% ../nbs/12_boost.ipynb #69e3716e
 import re
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from typing import Callable
 from .spectra import check_matrix, check_share, lift, map_spectrum, polar, spectral_norm
 from .tasks import TaskVector, attention_modes, in_block, map_matrices, row_slices
 
-# %% ../nbs/12_boost.ipynb #5f113b3d
+# %% ../nbs/12_boost.ipynb #9e85bf21
 def boost(
     dw:Tensor, # (…, out, in) merged weight update
     beta:float=0., # share of the sum of singular values that is left as it is, in [0, 1]
@@ -34,7 +34,7 @@ def _boost_products(dw, beta, rank_tol):
     if late.any(): out[late] = map_spectrum(flat[late], lambda s: lift(s, beta), rank_tol)
     return out.reshape(dw.shape)
 
-# %% ../nbs/12_boost.ipynb #304005be
+# %% ../nbs/12_boost.ipynb #707e3035
 def is_attention(
     name:str, # parameter name
 )->bool: # whether it belongs to an attention layer
