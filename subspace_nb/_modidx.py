@@ -245,6 +245,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'subspace_nb.tasks.check_taus': ('tasks.html#check_taus', 'subspace_nb/tasks.py'),
                                    'subspace_nb.tasks.default_device': ('tasks.html#default_device', 'subspace_nb/tasks.py'),
                                    'subspace_nb.tasks.in_block': ('tasks.html#in_block', 'subspace_nb/tasks.py'),
+                                   'subspace_nb.tasks.join_rows': ('tasks.html#join_rows', 'subspace_nb/tasks.py'),
                                    'subspace_nb.tasks.map_matrices': ('tasks.html#map_matrices', 'subspace_nb/tasks.py'),
                                    'subspace_nb.tasks.map_task_vector': ('tasks.html#map_task_vector', 'subspace_nb/tasks.py'),
                                    'subspace_nb.tasks.row_slices': ('tasks.html#row_slices', 'subspace_nb/tasks.py'),

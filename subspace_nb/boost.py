@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['boost', 'is_attention', 'subspace_boosting']
 
-# %% ../nbs/12_boost.ipynb #69e3716e
+# %% ../nbs/12_boost.ipynb #c4cba456
 import re
 import torch
 from torch import Tensor
 from typing import Callable
 from .spectra import check_matrix, check_share, lift, map_spectrum, polar, spectral_norm
-from .tasks import TaskVector, attention_modes, in_block, map_matrices, row_slices
+from .tasks import TaskVector, attention_modes, in_block, join_rows, map_matrices
 
-# %% ../nbs/12_boost.ipynb #9e85bf21
+# %% ../nbs/12_boost.ipynb #6236a9a1
 def boost(
     dw:Tensor, # (…, out, in) merged weight update
     beta:float=0., # share of the sum of singular values that is left as it is, in [0, 1]
@@ -34,7 +34,7 @@ def _boost_products(dw, beta, rank_tol):
     if late.any(): out[late] = map_spectrum(flat[late], lambda s: lift(s, beta), rank_tol)
     return out.reshape(dw.shape)
 
-# %% ../nbs/12_boost.ipynb #707e3035
+# %% ../nbs/12_boost.ipynb #85c6ca0c
 def is_attention(
     name:str, # parameter name
 )->bool: # whether it belongs to an attention layer
@@ -62,8 +62,7 @@ def subspace_boosting(
     new = {}
     for b, part in _by_beta(tau, beta, attention_beta, select).items():
         new |= map_matrices(lambda x: boost(x, b, rank_tol), tau, part, attention, head_width, device=device, desc=desc, lifted=False)
-    pieces = lambda k, w: torch.cat([new[label] for label, _ in row_slices(k, w, attention, head_width)]).to(w.dtype)
-    return tau.map(lambda k, w: pieces(k, w) if select(k, w) else w)
+    return tau.map(lambda k, w: join_rows(new, k, w, attention, head_width) if select(k, w) else w)
 
 def _by_beta(tau, beta, attention_beta, select):
     "Which matrices take which threshold: {beta: select rule}."

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['fused_names', 'attention_modes', 'TaskVector', 'check_same_keys', 'task_vector', 'check_taus', 'block_index',
-           'in_block', 'two_dim', 'check_attention', 'row_slices', 'default_device', 'map_matrices', 'map_task_vector']
+           'in_block', 'two_dim', 'check_attention', 'row_slices', 'default_device', 'map_matrices', 'join_rows',
+           'map_task_vector']
 
-# %% ../nbs/01_tasks.ipynb #78ddb489
+# %% ../nbs/01_tasks.ipynb #45bc1083
 import re
 from collections.abc import Iterable, Mapping
 from math import isfinite
@@ -17,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from .spectra import as_work, check_share
 
-# %% ../nbs/01_tasks.ipynb #03b4d6d3
+# %% ../nbs/01_tasks.ipynb #9133d22a
 class TaskVector(Mapping):
     "An immutable mapping of parameter name to change, with the arithmetic of a vector."
     def __init__(self,
@@ -103,7 +104,7 @@ def check_same_keys(
         if bad: raise ValueError(f"{name}[0] and {name}[{i}] do not fit together:\n  "+'\n  '.join(bad))
     return taus
 
-# %% ../nbs/01_tasks.ipynb #913655cc
+# %% ../nbs/01_tasks.ipynb #10f824b0
 def task_vector(
     base:Mapping, # parameter name -> tensor: the pretrained model
     expert:Mapping, # the same names and shapes: a fine-tuned model
@@ -153,7 +154,7 @@ def check_taus(
 def _fingerprint(tau): # cheap: equal task vectors have equal ones
     return tuple(v.flatten()[:: max(1, v.numel()//8)][:8].double().sum().item() for v in tau.values())
 
-# %% ../nbs/01_tasks.ipynb #db8d80e8
+# %% ../nbs/01_tasks.ipynb #c9e826ee
 _block = re.compile(r'(?:^|\.)(?:resblocks|layers|layer|blocks|block|h)\.(\d+)\.')
 
 def block_index(
@@ -177,7 +178,7 @@ def two_dim(
     "The matrices that the released TSV-M, Iso-C and Iso-CTS work on: every 2-D parameter but `text_projection`."
     return w.ndim==2 and 'text_projection' not in name
 
-# %% ../nbs/01_tasks.ipynb #bc8b84ac
+# %% ../nbs/01_tasks.ipynb #617c09a2
 fused_names = ('in_proj_weight', 'qkv.weight')
 attention_modes = ('full_attn', 'per_qkv', 'per_head')
 
@@ -207,7 +208,7 @@ def row_slices(
     return [(f'{name}[{r}{h}]', slice(i*d+h*head_width, i*d+(h+1)*head_width))
             for i, r in enumerate('qkv') for h in range(d//head_width)]
 
-# %% ../nbs/01_tasks.ipynb #5501c573
+# %% ../nbs/01_tasks.ipynb #8ce9eaef
 def default_device()->torch.device: # cuda where there is one, else the CPU
     "Where to compute when nobody says."
     return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
@@ -257,6 +258,17 @@ def map_matrices(
             bar.update(len(chunk))
     return out
 
+def join_rows(
+    pieces:dict, # label -> matrix, as `map_matrices` gives them
+    name:str, # parameter name
+    w:Tensor, # the parameter as it was
+    attention:str='full_attn', # as in `row_slices`
+    head_width:int=64, # as in `row_slices`
+)->Tensor: # the parameter made of its pieces, in `w`'s dtype
+    "Put the matrices of one parameter back together."
+    parts = [pieces[label] for label, _ in row_slices(name, w, attention, head_width)]
+    return (parts[0] if len(parts)==1 else torch.cat(parts)).to(w.dtype)
+
 def map_task_vector(
     fn:Callable, # as in `map_matrices`, with results of shape (B, out, in)
     taus:TaskVector|list, # one task vector, or N of the same names and shapes
@@ -271,6 +283,6 @@ def map_task_vector(
     many = not isinstance(taus, TaskVector)
     first = taus[0] if many else taus
     def entry(k, w):
-        if select(k, w): return torch.cat([new[label] for label, _ in row_slices(k, w, attention, head_width)]).to(w.dtype)
+        if select(k, w): return join_rows(new, k, w, attention, head_width)
         return rest(torch.stack([as_work(t[k]) for t in taus])).to(w.dtype) if many else w
     return first.map(entry)
