@@ -7,14 +7,14 @@ __all__ = ['as_work', 'check_matrix', 'check_share', 'svd', 'singular_values', '
            'null_mask', 'numerical_rank', 'map_spectrum_svd', 'gram_error', 'spread', 'map_spectrum', 'spectral_norm',
            'polar_iteration', 'polar', 'lift']
 
-# %% ../nbs/00_spectra.ipynb #89d83efa
+# %% ../nbs/00_spectra.ipynb #9caf5074
 from concurrent.futures import ThreadPoolExecutor
 from numbers import Real
 from typing import Callable
 import torch
 from torch import Tensor
 
-# %% ../nbs/00_spectra.ipynb #476eb9e8
+# %% ../nbs/00_spectra.ipynb #c45c4e1f
 def as_work(
     x:Tensor, # any floating tensor
 )->Tensor: # the same values in float32, or float64 if they came in float64
@@ -43,7 +43,7 @@ def check_share(
     if not 0<=value<=1: raise ValueError(f"{name} must lie in [0, 1], not {value}")
     return value
 
-# %% ../nbs/00_spectra.ipynb #bae1a39a
+# %% ../nbs/00_spectra.ipynb #e3bac942
 def svd(
     dw:Tensor, # (…, out, in)
 )->tuple[Tensor, Tensor, Tensor]: # u (…, out, r), s (…, r) descending, vh (…, r, in), with r = min(out, in)
@@ -56,7 +56,7 @@ def singular_values(
     "Singular values alone, at a fraction of the price of the vectors."
     return torch.linalg.svdvals(as_work(check_matrix(dw)))
 
-# %% ../nbs/00_spectra.ipynb #e0d140a4
+# %% ../nbs/00_spectra.ipynb #72fc1159
 def stable_rank(
     dw:Tensor, # (…, out, in)
 )->Tensor: # (…) in [1, min(out, in)]; 0 for a zero matrix
@@ -66,7 +66,7 @@ def stable_rank(
 def _stable(s): # (…, r) -> (…)
     return torch.where(s[..., 0]>0, (s/s[..., :1]).square().sum(-1), torch.zeros_like(s[..., 0]))
 
-# %% ../nbs/00_spectra.ipynb #5a58ee9e
+# %% ../nbs/00_spectra.ipynb #b54dda33
 def energy_rank(
     dw:Tensor, # (…, out, in)
     share:float=.5, # share of the energy to reach, in [0, 1]
@@ -77,7 +77,7 @@ def energy_rank(
     c, total = e.cumsum(-1), e.sum(-1, keepdim=True)
     return (c < share*total*(1-1e-12)).sum(-1).add(1).clamp_max(e.shape[-1]) * (total[..., 0]>0)
 
-# %% ../nbs/00_spectra.ipynb #6f45336e
+# %% ../nbs/00_spectra.ipynb #d9b01af3
 def check_rank_tol(
     rank_tol:float, # a share of σ₁
 )->float: # `rank_tol`, unchanged
@@ -107,7 +107,7 @@ def numerical_rank(
     "Number of singular values that are more than rounding noise."
     return (~null_mask(singular_values(dw), max(dw.shape[-2:]), torch.finfo(dw.dtype).eps, rank_tol)).sum(-1)
 
-# %% ../nbs/00_spectra.ipynb #12c92ebe
+# %% ../nbs/00_spectra.ipynb #c908fa33
 def map_spectrum_svd(
     dw:Tensor, # (…, out, in)
     fn:Callable[[Tensor], Tensor], # singular values (…, r), descending -> new ones (…, r)
@@ -118,7 +118,7 @@ def map_spectrum_svd(
     null = null_mask(s, max(dw.shape[-2:]), torch.finfo(dw.dtype).eps, rank_tol)
     return (u*fn(s).masked_fill(null, 0.).unsqueeze(-2)@vh).to(dw.dtype)
 
-# %% ../nbs/00_spectra.ipynb #ce9f57c8
+# %% ../nbs/00_spectra.ipynb #34427d23
 def _gram(a): # the lower triangle of aᵀa, which is all that `eigh` reads
     h = a.shape[1]//2
     g = a.new_zeros(a.shape[1], a.shape[1])
@@ -158,7 +158,7 @@ def _map_one(dw, fn, rank_tol):
     if out is None: return map_spectrum_svd(dw, fn, rank_tol)
     return out.mT if wide else out
 
-# %% ../nbs/00_spectra.ipynb #f5b67282
+# %% ../nbs/00_spectra.ipynb #baa91576
 def spread(
     fn:Callable, # called with one item
     items:list, # independent pieces of work on the CPU
@@ -185,7 +185,7 @@ def map_spectrum(
     else: spread(work, pairs)
     return out.reshape(dw.shape)
 
-# %% ../nbs/00_spectra.ipynb #a55dbd09
+# %% ../nbs/00_spectra.ipynb #23609382
 def spectral_norm(
     dw:Tensor, # (…, out, in), float32 or float64
     squarings:int=24, # the result is at most n^(2^-(squarings+1)) times too large, n = min(out, in)
@@ -244,7 +244,7 @@ def polar(
     if check_matrix(dw).is_cuda: return _polar_products(dw.reshape(-1, *dw.shape[-2:]), rank_tol).reshape(dw.shape)
     return map_spectrum(dw, torch.ones_like, rank_tol)
 
-# %% ../nbs/00_spectra.ipynb #0ad424e2
+# %% ../nbs/00_spectra.ipynb #9129f44c
 def lift(
     s:Tensor, # (…, r) singular values, descending
     beta:float, # share of their sum that is left as it is, in [0, 1]
