@@ -296,6 +296,8 @@ class Pool:
         if self._score is None: raise ValueError("evaluate: this pool was made without an evaluation function; give one to Pool.from_files")
         return float(self._score(state, task, split))
 
+    def _ready(self, names, split): "What a pool has to do before it scores: here nothing."
+
     def _accuracy(self, state, key, task, split):
         if (key, task, split) not in self._cache: self._cache[key, task, split] = self._score_one(state, task, split)
         return self._cache[key, task, split]
@@ -311,7 +313,7 @@ class Pool:
     )->Scores: # indexed by task, with a last row "mean"; columns accuracy and normalised
         "Score weights on tasks; normalised is relative to each task's own expert."
         names = self._names(tasks); self._split(split)
-        key = state_hash(check_state(state, self.base))
+        key = state_hash(check_state(state, self.base)); self._ready(names, split)
         acc = [self._accuracy(state, key, t, split) for t in names]
         top = [self._expert_accuracy(t, split) for t in names]
         out = Scores({'accuracy': acc, 'normalised': [a/b if b else float('nan') for a, b in zip(acc, top)]}, index=pd.Index(names, name='task'))
@@ -457,14 +459,7 @@ class EmbeddedPool(Pool):
 
     def _score_one(self, state, task, split): return (self.predict(state, task, split)==self.labels(task, split)).double().mean().item()
 
-    def evaluate(self,
-        state:Mapping, # weights: names and shapes of the base
-        tasks:list|int|None=None, # names; a number: the first so many; None: all
-        split:str='test', # "test", or "val" to choose coefficients on
-    )->Scores: # indexed by task, with a last row "mean"; columns accuracy and normalised
-        "Score weights on tasks; normalised is relative to each task's own expert."
-        self._split(split); self.prepare(tasks, split)
-        return super().evaluate(state, tasks, split)
+    def _ready(self, names, split): self.prepare(names, split)
 
     @torch.inference_mode()
     def inputs(self,
