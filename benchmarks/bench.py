@@ -8,59 +8,13 @@ inputs take (on a GPU: of the device's allocator); `error` is the relative Frobe
 in float64, on the first task vector. A plain SVD in float32 is not accurate to 1e-5 on square matrices with faint directions,
 so on one of the vectors the plain way runs in float64 too.
 """
-import argparse, os, statistics, threading, time
-from pathlib import Path
+import argparse, statistics
 import torch
+from measure import task_vector_of, timed
 from subspace_nb.boost import subspace_boosting
 from subspace_nb.score import environment, write_json
 from subspace_nb.spectra import lift
-from subspace_nb.tasks import TaskVector, default_device, in_block, row_slices
-
-page = os.sysconf('SC_PAGE_SIZE') if hasattr(os, 'sysconf') else 4096
-
-
-class PeakMemory:
-    "Peak memory in MiB above the level at entry, sampled every two milliseconds."
-    def __init__(self, device): self.cuda = device.type=='cuda'
-    def level(self): return int(Path('/proc/self/statm').read_text().split()[1])*page if Path('/proc/self/statm').exists() else 0
-
-    def __enter__(self):
-        if self.cuda: torch.cuda.reset_peak_memory_stats(); self.start = torch.cuda.memory_allocated(); return self
-        self.start = self.peak = self.level(); self.on = True
-        self.thread = threading.Thread(target=self.watch, daemon=True); self.thread.start()
-        return self
-
-    def watch(self):
-        while self.on: self.peak = max(self.peak, self.level()); time.sleep(.002)
-
-    def __exit__(self, *_):
-        if self.cuda: self.peak = torch.cuda.max_memory_allocated()
-        else: self.on = False; self.thread.join()
-        self.mib = (self.peak-self.start)/2**20
-
-
-def decay(n, kind):
-    "Scales of a spectrum: a power law as of merged task vectors, or evenly spread in logarithm down to 1e-6."
-    i = torch.arange(1, n+1, dtype=torch.float64)
-    return {'power': i**-.7, 'ill': torch.logspace(0, -6, n, dtype=torch.float64)}[kind].float()
-
-
-def random_matrix(shape, turn, kind, rng):
-    "Gaussian rows, scaled along the smaller side and turned there."
-    n = min(shape)
-    tall = torch.randn(max(shape), n, generator=rng)*decay(n, kind)@turn
-    return (tall if shape[0]>=shape[1] else tall.mT).contiguous()*1e-3
-
-
-def task_vector_of(blocks, width, seed):
-    "One random task vector of CLIP's shapes; the output projection of every fourth block is ill-conditioned."
-    rng = torch.Generator().manual_seed(seed)
-    turn = torch.linalg.qr(torch.randn(width, width, generator=rng))[0]
-    shapes = {'attn.in_proj_weight': (3*width, width), 'attn.out_proj.weight': (width, width),
-              'mlp.c_fc.weight': (4*width, width), 'mlp.c_proj.weight': (width, 4*width)}
-    kind = lambda block, name: 'ill' if name=='attn.out_proj.weight' and block%4==0 else 'power'
-    return TaskVector({f'visual.transformer.resblocks.{b}.{name}': random_matrix(shape, turn, kind(b, name), rng)
-                       for b in range(blocks) for name, shape in shapes.items()})
+from subspace_nb.tasks import default_device, in_block, row_slices
 
 
 def algorithm_1(dw, beta):
@@ -83,15 +37,6 @@ def worst_error(tau, out, beta):
             ref = algorithm_1(w[rows].double(), beta)
             errors.append(((out[k][rows].double()-ref).norm()/ref.norm()).item())
     return max(errors)
-
-
-def timed(fn, device):
-    "Seconds, peak MiB and the result of a call."
-    sync = torch.cuda.synchronize if device.type=='cuda' else lambda: None
-    sync()
-    with PeakMemory(device) as memory:
-        t = time.perf_counter(); out = fn(); sync(); seconds = time.perf_counter()-t
-    return seconds, memory.mib, out
 
 
 def measure(taus, beta, device, fine):

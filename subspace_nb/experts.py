@@ -357,6 +357,12 @@ class EmbeddedPool(Pool):
         self._data, self._model, self._stem, self._heads = {}, None, None, None
 
     @property
+    def digest(self)->str: # changes with any weight, image or head
+        "Which pool made a number: a fingerprint of its contents."
+        contents = sorted(f['sha256'] for name, f in self.zoo.index['files'].items() if name.endswith(('.safetensors', '.png')))
+        return hashlib.sha256(''.join(contents).encode()).hexdigest()[:16]
+
+    @property
     def base(self)->dict: # parameter name -> float32 tensor
         "Weights that all experts started from."
         if not isinstance(self._base, dict): self._base = {k: v.float() for k, v in load_file(self.zoo.file(self._base)).items()}
