@@ -298,6 +298,8 @@ class Pool:
 
     def _ready(self, names, split): "What a pool has to do before it scores: here nothing."
 
+    def _remember_as(self, state): return state_hash(check_state(state, self.base))
+
     def _accuracy(self, state, key, task, split):
         if (key, task, split) not in self._cache: self._cache[key, task, split] = self._score_one(state, task, split)
         return self._cache[key, task, split]
@@ -313,7 +315,7 @@ class Pool:
     )->Scores: # indexed by task, with a last row "mean"; columns accuracy and normalised
         "Score weights on tasks; normalised is relative to each task's own expert."
         names = self._names(tasks); self._split(split)
-        key = state_hash(check_state(state, self.base)); self._ready(names, split)
+        key = self._remember_as(state); self._ready(names, split)
         acc = [self._accuracy(state, key, t, split) for t in names]
         top = [self._expert_accuracy(t, split) for t in names]
         out = Scores({'accuracy': acc, 'normalised': [a/b if b else float('nan') for a, b in zip(acc, top)]}, index=pd.Index(names, name='task'))
@@ -443,9 +445,10 @@ class EmbeddedPool(Pool):
         return self._heads[f'{task}.weight'], self._heads[f'{task}.bias']
 
     def model(self,
-        state:Mapping, # weights: names and shapes of the base
-    )->Vision: # in eval mode, on the pool's device; the same object each time
+        state:Mapping|nn.Module, # weights: names and shapes of the base; or a module that takes the place of the merged part
+    )->nn.Module: # in eval mode, on the pool's device; for weights a `Vision`, the same object each time
         "The merged part with these weights."
+        if isinstance(state, nn.Module): return state.eval().to(self.device)
         if self._model is None: self._model = Vision(**self.zoo.index['model']).eval().requires_grad_(False).to(self.device)
         self._model.load_state_dict(state)
         return self._model
@@ -456,16 +459,19 @@ class EmbeddedPool(Pool):
         return torch.cat([nn.functional.linear(model(x), w, b) for x in self.features(task, split).split(batch)])
 
     def predict(self,
-        state:Mapping, # weights: names and shapes of the base
+        state:Mapping|nn.Module, # weights: names and shapes of the base; or a module, as in `model`
         task:str, # one of `tasks`
         split:str='test', # "val", "test" or "proxy"
     )->Tensor: # (n,) int64 on the CPU
         "Classes that a model with these weights sees."
-        return self._logits(self.model(check_state(state, self.base)), task, split).argmax(-1).cpu()
+        if not isinstance(state, nn.Module): check_state(state, self.base)
+        return self._logits(self.model(state), task, split).argmax(-1).cpu()
 
     def _score_one(self, state, task, split): return (self.predict(state, task, split)==self.labels(task, split)).double().mean().item()
 
     def _ready(self, names, split): self.prepare(names, split)
+
+    def _remember_as(self, state): return object() if isinstance(state, nn.Module) else super()._remember_as(state)
 
     @torch.inference_mode()
     def inputs(self,

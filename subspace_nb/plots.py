@@ -44,7 +44,9 @@ okabe_ito = dict(black='#000000', orange='#E69F00', sky='#56B4E9', green='#009E7
 method_styles = {'base': ('grey', 'x', ':', 'xx'), 'experts': ('black', '_', ':', '--'), 'average': ('grey', 'h', '-', ''),
     'TA': ('green', 'o', '-', '//'), 'TIES': ('pink', 's', '--', '\\\\'), 'Consensus': ('blue', '^', '-.', '..'),
     'DARE': ('yellow', 'p', ':', '++'), 'Breadcrumbs': ('sky', '<', '--', 'o'), 'Model Stock': ('orange', '>', '-.', 'O'),
-    'TSV-M': ('red', 'D', '-', '||'), 'Iso-C': ('orange', 'v', '--', '--'), 'Iso-CTS': ('sky', 'P', '-.', 'xx'), 'ESM': ('black', '*', '-', '**')}
+    'TSV-M': ('red', 'D', '-', '||'), 'Iso-C': ('orange', 'v', '--', '--'), 'Iso-CTS': ('sky', 'P', '-.', 'xx'), 'ESM': ('black', '*', '-', '**'),
+    'ESM++, rank 8': ('grey', 'd', '--', 'oo'), 'ESM++, rank 32': ('grey', 'X', '-', 'OO'), 'Higher-Order boosting': ('yellow', '8', '--', '/'),
+    'KnOTS': ('pink', 'H', ':', '\\'), 'RegMean': ('blue', '1', ':', '|')}
 
 def method_style(
     method:str, # a name in `method_styles`, alone or followed by ' + boosting', ' + LiNeS'

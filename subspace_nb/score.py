@@ -11,7 +11,7 @@ import ctypes, json, os, platform, sys, threading, time
 from pathlib import Path
 from typing import Callable
 import torch
-from tqdm.auto import tqdm
+from filelock import FileLock
 
 # %% ../nbs/05_score.ipynb #d45341a2
 def geometric_grid(
@@ -124,14 +124,16 @@ def write_json(
 class Results:
     "Rows of a sweep in a JSON file: `meta` says what ran, `rows` are dictionaries."
     def __init__(self,
-        path, # the JSON file; made on the first row
+        path, # the JSON file; made on the first row, with a `.lock` beside it
         **settings, # what the rows depend on; a file with other settings is started anew
     ):
         self.path, self.settings = Path(path), json.loads(json.dumps(settings))
+        self._read()
+
+    def _read(self):
         old = json.loads(self.path.read_text(encoding='utf-8')) if self.path.exists() else {}
-        same = not settings or old.get('meta', {}).get('settings')==self.settings
-        self.rows = old.get('rows', []) if same else []
-        self.meta = old.get('meta', {}) if same else {}
+        same = not self.settings or old.get('meta', {}).get('settings')==self.settings
+        self.rows, self.meta = (old.get('rows', []), old.get('meta', {})) if same else ([], {})
 
     def find(self,
         **key, # columns and the values to look for
@@ -143,15 +145,20 @@ class Results:
         compute:Callable, # () -> dict of the row's numbers
         **key, # columns that tell this row from the others
     )->dict: # the row, from the file or just computed
-        "A row, computed only if the file does not have it."
+        "A row, computed only if the file does not have it; several processes may fill one file."
+        self._read()
         found = self.find(**key)
         if found: return found
         t = time.perf_counter()
         row = {**key, **compute()}
         row['seconds'] = round(time.perf_counter()-t, 1)
-        self.rows.append(row)
-        self.meta = dict(settings=self.settings, **environment())
-        write_json(self.path, dict(meta=self.meta, rows=self.rows))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f'{self.path}.lock'):      # another process may have written since
+            self._read()
+            if found := self.find(**key): return found
+            self.rows.append(row)
+            self.meta = dict(settings=self.settings or self.meta.get('settings', {}), **environment())
+            write_json(self.path, dict(meta=self.meta, rows=self.rows))
         return row
 
 

@@ -6,7 +6,7 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.torch import save_file
-from subspace_nb.experts import EmbeddedPool, Pool, Zoo, field, from_sheet, noise_seed, read_state, remembered, state_hash, to_sheet, write_state
+from subspace_nb.experts import EmbeddedPool, Pool, Vision, Zoo, field, from_sheet, noise_seed, read_state, remembered, state_hash, to_sheet, write_state
 from subspace_nb.tasks import TaskVector
 
 zoo = Path(str(files('subspace_nb')/'zoo'))
@@ -209,3 +209,14 @@ def test_state_hash_sees_every_change():
     s = {'a': torch.ones(3), 'b': torch.zeros(2, dtype=torch.int64)}; h = state_hash(s)
     assert h==state_hash(dict(reversed(list(s.items()))))
     for other in ({**s, 'a': torch.tensor([1., 1., 2.])}, {**s, 'a': s['a'].double()}, {'a': s['a']}, {**s, 'b': s['b']+1}): assert state_hash(other)!=h
+
+
+def test_a_module_is_scored_like_the_weights_it_holds(pool):
+    "And is scored again each time: nobody knows what else it computes."
+    state = pool.task_vector('digits').apply(pool.base, .5)
+    model = Vision(**pool.zoo.index['model']); model.load_state_dict(state)
+    assert pool.evaluate(model, ['digits']).equals(pool.evaluate(state, ['digits']))
+    before = pool.evaluate(model, ['digits']).loc['mean', 'accuracy']
+    with torch.no_grad(): model.visual.proj.zero_()
+    assert pool.evaluate(model, ['digits']).loc['mean', 'accuracy']<before
+    assert pool.evaluate(state, ['digits']).loc['mean', 'accuracy']==before

@@ -1,8 +1,8 @@
 "The tuning protocol: what it finds, what it writes, and that it resumes."
-import json
-import pytest
+import json, multiprocessing
+import pytest, torch
 from hypothesis import given, settings, strategies as st
-from subspace_nb.score import Results, climb, environment, geometric_grid, tune, write_json
+from subspace_nb.score import PeakMemory, Results, climb, environment, geometric_grid, open_results, rerun, results_folder, timed, tune, write_json
 import pandas as pd
 
 
@@ -52,3 +52,32 @@ def test_interrupted_write_leaves_the_old_file(tmp_path):
     path = tmp_path/'r.json'; write_json(path, [1])
     with pytest.raises(TypeError): write_json(path, [object()])
     assert json.loads(path.read_text())==[1]
+
+
+def fill(path, who):
+    "A process's share of a sweep: five rows of its own and five that all want."
+    r = Results(path, seed=0)
+    for i in range(5): r.row(lambda: {'accuracy': i}, method=f'{who}-{i}'); r.row(lambda: {'accuracy': i}, method=f'all-{i}')
+
+
+def test_processes_share_one_file(tmp_path):
+    workers = [multiprocessing.get_context('spawn').Process(target=fill, args=(tmp_path/'r.json', w)) for w in 'ab']
+    for w in workers: w.start()
+    for w in workers: w.join()
+    names = [r['method'] for r in Results(tmp_path/'r.json').rows]
+    assert sorted(names)==sorted([f'{w}-{i}' for w in ('a', 'b', 'all') for i in range(5)])
+
+
+def test_memory_gauge_sees_what_was_taken():
+    _, small, _ = timed(lambda: torch.ones(2**10))
+    _, large, x = timed(lambda: torch.ones(2**24))
+    if PeakMemory.statm.exists(): assert small<16 and 60<large<100 and len(x)==2**24
+
+
+def test_sweeps_are_read_unless_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_json(results_folder()/'a.json', {'meta': {'settings': {'seed': 0}}, 'rows': [{'method': 'TA'}]})
+    monkeypatch.delenv('SUBSPACE_NB_RERUN', raising=False)
+    assert not rerun() and len(open_results('a', seed=1).rows)==1
+    monkeypatch.setenv('SUBSPACE_NB_RERUN', '1')
+    assert rerun() and open_results('a', seed=1).rows==[] and len(open_results('a', seed=0).rows)==1
