@@ -449,7 +449,8 @@ class EmbeddedPool(Pool):
     )->nn.Module: # in eval mode, on the pool's device; for weights a `Vision`, the same object each time
         "The merged part with these weights."
         if isinstance(state, nn.Module): return state.eval().to(self.device)
-        if self._model is None: self._model = Vision(**self.zoo.index['model']).eval().requires_grad_(False).to(self.device)
+        if self._model is None:
+            with torch.inference_mode(False): self._model = Vision(**self.zoo.index['model']).eval().requires_grad_(False).to(self.device)
         self._model.load_state_dict(state)
         return self._model
 
@@ -473,7 +474,7 @@ class EmbeddedPool(Pool):
 
     def _remember_as(self, state): return object() if isinstance(state, nn.Module) else super()._remember_as(state)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def inputs(self,
         task:str, # one of `tasks`
         n:int=32, # proxy images, at most 32

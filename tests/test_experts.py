@@ -220,3 +220,9 @@ def test_a_module_is_scored_like_the_weights_it_holds(pool):
     with torch.no_grad(): model.visual.proj.zero_()
     assert pool.evaluate(model, ['digits']).loc['mean', 'accuracy']<before
     assert pool.evaluate(state, ['digits']).loc['mean', 'accuracy']==before
+
+
+def test_inputs_may_come_before_the_first_score():
+    p = Pool.embedded()
+    x = p.inputs('digits', 2)
+    assert not any(v.is_inference() for v in x.values()) and p.evaluate(p.base, ['digits']).loc['mean', 'accuracy']>0
