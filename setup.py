@@ -14,6 +14,7 @@ setup(
     long_description=(here/'README.md').read_text(encoding='utf-8') if (here/'README.md').exists() else '',
     long_description_content_type='text/markdown',
     packages=find_packages(include=[cfg['name'], f"{cfg['name']}.*"]),
+    entry_points={'console_scripts': cfg['console_scripts'].split()},
     package_data={cfg['name']: ['zoo/*', 'zoo/*/*']},
     install_requires=cfg['requirements'].split(), extras_require={'dev': cfg['dev_requirements'].split(), 'pool': cfg['pool_requirements'].split()},
     classifiers=['Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],

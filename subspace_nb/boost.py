@@ -10,7 +10,7 @@ import re
 import torch
 from torch import Tensor
 from typing import Callable
-from .spectra import check_matrix, check_share, lift, map_spectrum, polar, spectral_norm
+from .spectra import all_finite, check_matrix, check_share, lift, map_spectrum, polar, spectral_norm
 from .tasks import TaskVector, attention_modes, in_block, join_rows, map_matrices
 
 # %% ../nbs/12_boost.ipynb #6236a9a1
@@ -57,7 +57,7 @@ def subspace_boosting(
     check_share(beta, 'beta')
     if attention_beta is not None: check_share(attention_beta, 'attention_beta')
     if attention not in attention_modes: raise ValueError(f"attention must be one of {', '.join(attention_modes)}, not {attention!r}")
-    bad = [k for k, v in tau.items() if not v.isfinite().all()]
+    bad = [k for k, v in tau.items() if not all_finite(v)]
     if bad: raise ValueError(f"tau has NaN or Inf in {', '.join(bad)}")
     new = {}
     for b, part in _by_beta(tau, beta, attention_beta, select).items():

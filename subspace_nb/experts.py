@@ -251,6 +251,16 @@ class Pool:
         "The pool of this book."
         return EmbeddedPool(files('subspace_nb')/'zoo', device)
 
+    @classmethod
+    def from_hub(cls,
+        name:str='clip-vit-base-patch32', # a base model that published experts exist for
+        tasks:int|list=8, # the benchmark's first 8, 14 or 20 tasks, or names
+        **kwargs, # family, revisions, evaluate, cache_dir, device: as in `hub.pool_from_hub`
+    )->'Pool': # base and experts are fetched when first used
+        "Published checkpoints (chapter 32)."
+        from subspace_nb.hub import pool_from_hub          # the one import from a later chapter: this is where readers look for it
+        return pool_from_hub(name, tasks, **kwargs)
+
     @property
     def base(self)->dict: # parameter name -> float tensor
         "Weights that all experts started from."

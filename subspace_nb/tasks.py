@@ -16,7 +16,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from .spectra import as_work, check_share
+from .spectra import all_finite, as_work, check_share
 
 # %% ../nbs/01_tasks.ipynb #9133d22a
 class TaskVector(Mapping):
@@ -122,7 +122,7 @@ def task_vector(
         elif b.is_floating_point()!=e.is_floating_point(): bad.append(f"{k}: {b.dtype} in base, {e.dtype} in expert")
         elif not b.is_floating_point():
             if not torch.equal(b, e): bad.append(f"{k}: {b.dtype} entries differ between base and expert")
-        else: bad += [f"{k}: NaN or Inf in {n}" for n, t in (('base', b), ('expert', e)) if not t.isfinite().all()]
+        else: bad += [f"{k}: NaN or Inf in {n}" for n, t in (('base', b), ('expert', e)) if not all_finite(t)]
     if bad: raise ValueError("base and expert do not fit together:\n  "+'\n  '.join(bad))
     return TaskVector({k: (as_work(expert[k])-as_work(b)).to(torch.promote_types(b.dtype, expert[k].dtype))
                        for k, b in base.items() if b.is_floating_point()})
@@ -142,7 +142,7 @@ def check_taus(
     check_same_keys(taus)
     if not taus[0]: raise ValueError("taus hold no entries: there is nothing to merge")
     for i, tau in enumerate(taus):
-        bad = [k for k, v in tau.items() if not v.isfinite().all()]
+        bad = [k for k, v in tau.items() if not all_finite(v)]
         if bad: raise ValueError(f"taus[{i}] has NaN or Inf in {', '.join(bad)}")
     seen = {}
     for i, tau in enumerate(taus):

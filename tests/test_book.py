@@ -45,7 +45,8 @@ def test_settings_and_pyproject_agree(ini, project):
 
 def test_dynamic_is_what_setup_py_sets(project, handed_over):
     field = dict(version='version', description='description', author='authors', license='license', keywords='keywords', classifiers='classifiers',
-                 python_requires='requires-python', long_description='readme', install_requires='dependencies', extras_require='optional-dependencies')
+                 python_requires='requires-python', long_description='readme', install_requires='dependencies', extras_require='optional-dependencies',
+                 entry_points='scripts')
     assert sorted(project['project']['dynamic'])==sorted(f for k, f in field.items() if k in handed_over)
 
 def test_setup_py_reads_settings(ini, handed_over):

@@ -187,10 +187,25 @@ def test_a_smooth_decay_keeps_its_rank(condition):
     assert numerical_rank(conditioned(3, 64, 48, condition, torch.float32))==48
 
 def test_null_mask_cliff():
-    s = torch.tensor([1., .5, .4, 1e-6, 8e-7])
-    assert null_mask(s, 1000, 1.2e-7).tolist()==[False]*3+[True]*2
-    assert not null_mask(torch.logspace(0, -6, 30), 1000, 1.2e-7).any()
+    eps = 1.2e-7
+    s = torch.cat([torch.tensor([1., .5, .4]), 1e-6*torch.rand(300).sort(descending=True).values])
+    assert null_mask(s, 1000, eps).tolist()==[False]*3+[True]*300
+    assert not null_mask(torch.logspace(0, -6, 30), 1000, eps).any()                                   # no cliff, no rank
+    assert not null_mask(torch.cat([torch.ones(199), torch.tensor([1e-4])]), 200, eps).any()           # one small value is no noise
     assert null_mask(torch.zeros(3), 3, 1e-7).all()
+    both = torch.stack([s, torch.logspace(0, -4, 303)])
+    assert torch.equal(null_mask(both, 1000, eps), torch.stack([null_mask(b, 1000, eps) for b in both]))
+
+def test_full_square_matrices_keep_all_their_directions():
+    "Their smallest singular value may be a thousand times below the next by chance."
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(300): assert numerical_rank(torch.randn(24, 24, generator=rng))==24
+
+@pytest.mark.parametrize('scale', (1., 30., 300.))
+def test_low_rank_is_seen_behind_the_rounding_of_larger_weights(scale):
+    dw = randn(1, 128, 8)@randn(2, 8, 96)
+    w = scale*randn(3, 128, 96)
+    assert numerical_rank((w+dw)-w)==8
 
 # refusals: the exception names the parameter
 

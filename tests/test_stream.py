@@ -1,0 +1,359 @@
+"""Streamed merges: the same bits as in memory, whatever the files, the workers and the accidents."""
+import json, os, re, shutil, signal, subprocess, sys, textwrap
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from safetensors.torch import save_file
+
+from subspace_nb.boost import subspace_boosting
+from subspace_nb.hub import Adapter, Checkpoint, join_qkv, split_qkv
+from subspace_nb.merge import lines
+from subspace_nb.stream import Journal, advance, digits, merge_files, method_options, methods, next_digit, partial_folder
+from subspace_nb.tasks import TaskVector, task_vector
+
+SHAPES = {'token_embedding.weight': (60, 8), 'scale': (), 'none': (0,), 'visual.proj': (8, 6), 'conv.weight': (4, 3, 2, 2),
+          **{f'layers.{l}.{k}': s for l in range(3) for k, s in {'self_attn.k_proj.weight': (8, 8), 'self_attn.q_proj.weight': (8, 8), 'self_attn.v_proj.weight': (8, 8), 'self_attn.q_proj.bias': (8,),
+             'self_attn.k_proj.bias': (8,), 'self_attn.v_proj.bias': (8,), 'mlp.fc1.weight': (20, 8), 'mlp.fc2.weight': (8, 20), 'layer_norm1.weight': (8,)}.items()}}
+
+def make(seed, dtype=torch.float32, ints=True):
+    rng = torch.Generator().manual_seed(seed)
+    state = {k: torch.randn(s, generator=rng, dtype=torch.float64).to(dtype) for k, s in SHAPES.items()}
+    return state | ({'position_ids': torch.arange(6)[None], 'flag': torch.tensor(True)} if ints else {})
+
+def folder(path, state, shards=1, **config):
+    path.mkdir()
+    names = list(state)
+    if shards==1: save_file(state, path/'model.safetensors', metadata={'format': 'pt'})
+    else:
+        where = {k: f'model-{i%shards+1:05}-of-{shards:05}.safetensors' for i, k in enumerate(names)}
+        for f in set(where.values()): save_file({k: state[k] for k in names if where[k]==f}, path/f, metadata={'format': 'pt'})
+        (path/'model.safetensors.index.json').write_text(json.dumps({'metadata': {}, 'weight_map': where}))
+    if config: (path/'config.json').write_text(json.dumps(config))
+    return path
+
+@pytest.fixture
+def models(tmp_path):
+    base = make(0)
+    states = [{k: v+.1*w if v.is_floating_point() else v for (k, v), w in zip(base.items(), make(i).values())} for i in range(1, 4)]
+    return folder(tmp_path/'base', base, 3, hidden_act='gelu'), [folder(tmp_path/f'e{i}', s, 1+i%2) for i, s in enumerate(states)]
+
+def loaded(path): return dict(Checkpoint(path))
+
+def reference(base, experts, method, alpha=1., beta=None, slope=None, start=None, join=False, attention='per_qkv', **options):
+    base, experts = loaded(base), [loaded(e) for e in experts]
+    floats = {k: v for k, v in base.items() if v.is_floating_point()}
+    layout = Checkpoint
+    join = join or methods[method].joined or attention!='per_qkv'
+    view = (lambda s: TaskVector(join_qkv(s, LAYOUT))) if join else TaskVector
+    taus = [view(task_vector(base, e)) for e in experts]
+    if method=='model_stock': options['base'] = floats
+    if method=='higher_order_boosting': options |= dict(beta=beta or 0., attention=attention)
+    tau = methods[method].fn(taus, **options)
+    if beta is not None and method!='higher_order_boosting': tau = subspace_boosting(tau, beta, attention, head_width=4)
+    if slope is not None: tau = lines(tau, taus, slope, start)
+    return TaskVector(split_qkv(tau, floats, LAYOUT) if join else tau).apply(base, alpha)
+
+from subspace_nb.hub import layouts
+LAYOUT = next(l for l in layouts if l.name=='transformers CLIP')
+
+def same(out, want):
+    got = loaded(out)
+    assert set(got)==set(want)
+    bad = [k for k in want if got[k].dtype!=want[k].dtype or got[k].shape!=want[k].shape or not torch.equal(got[k], want[k])]
+    assert not bad, bad
+
+CASES = [(m, {}) for m in methods]+[('ties', dict(keep=.37, alpha=.4)), ('dare', dict(drop=.9, seed=11)), ('consensus', dict(lam=.3, agree=3)), ('breadcrumbs', dict(density=.4, gamma=.1)),
+    ('iso_cts', dict(common=.6)), ('task_arithmetic', dict(beta=0., alpha=.3)), ('ties', dict(beta=.05, slope=.4)), ('dare', dict(slope=.3)), ('tsv_m', dict(slope=.3, beta=.1)), ('consensus', dict(slope=.2, start=.1)),
+    ('task_arithmetic', dict(beta=0., attention='full_attn')), ('task_arithmetic', dict(beta=.1, attention='per_head', head_width=4)), ('higher_order_boosting', dict(beta=.1, pi=.1, scale='kempf'))]
+
+@pytest.mark.parametrize('method, options', CASES, ids=lambda x: x if isinstance(x, str) else '-'.join(map(str, x)))
+def test_same_bits(models, tmp_path, method, options):
+    base, experts = models
+    out = merge_files(base, experts, tmp_path/'out', method, device='cpu', strip=50, **options)
+    same(out, reference(base, experts, method, **{k: v for k, v in options.items() if k!='head_width'}))
+    assert Checkpoint(out).shards.keys()==Checkpoint(base).shards.keys() and (out/'config.json').read_text()==(base/'config.json').read_text()
+    assert not partial_folder(out).exists()
+
+@pytest.mark.parametrize('b, e', [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.float16), (torch.float64, torch.float32), (torch.float32, torch.float64)])
+@pytest.mark.parametrize('method, options', [('ties', {}), ('dare', dict(slope=.4)), ('tsv_m', {}), ('task_arithmetic', dict(beta=0., slope=.1))])
+def test_types(tmp_path, b, e, method, options):
+    base, experts = folder(tmp_path/'b', make(0, b)), [folder(tmp_path/f'e{i}', make(i, e)) for i in (1, 2)]
+    same(merge_files(base, experts, tmp_path/'out', method, device='cpu', strip=64, **options), reference(base, experts, method, **options))
+
+@given(st.lists(st.floats(-4, 4, width=32), min_size=1, max_size=60), st.data(), st.sampled_from([torch.float32, torch.float64]))
+def test_selection_is_exact(values, data, dtype):
+    x = torch.tensor(values, dtype=dtype).abs()
+    k, prefix = data.draw(st.integers(1, len(x))), 0
+    rank = k
+    for level in range(dtype.itemsize//2):
+        d, rank = next_digit([digits(p, level, prefix) for p in x.split(7)], rank)
+        prefix = prefix<<16 | d
+    assert torch.tensor(prefix, dtype=torch.int32 if dtype==torch.float32 else torch.int64).view(dtype)==x.kthvalue(k).values
+
+def test_random_numbers_go_on_where_they_stopped():
+    g = torch.Generator().manual_seed(3); state = g.get_state()
+    x = torch.rand(5_000_000, generator=g)
+    h = torch.Generator(); h.set_state(advance(state, 4_999_000))
+    assert torch.equal(torch.rand(1000, generator=h), x[-1000:])
+
+@pytest.mark.parametrize('pool', ['threads', 'processes'])
+def test_executors(models, tmp_path, pool):
+    base, experts = models
+    make_pool = (lambda: ThreadPoolExecutor(3)) if pool=='threads' else (lambda: ProcessPoolExecutor(2, mp_context=get_context('spawn'), initializer=torch.set_num_threads, initargs=(1,)))
+    with make_pool() as executor:
+        for method, options in (('ties', dict(slope=.3)), ('dare', dict(beta=0.)), ('tsv_m', {})):
+            same(merge_files(base, experts, tmp_path/method, method, device='cpu', strip=50, executor=executor, **options), reference(base, experts, method, **options))
+
+def test_torch_files_and_single_files(models, tmp_path):
+    base, experts = models
+    torch.save(loaded(base), tmp_path/'b.pt'); torch.save({'state_dict': loaded(experts[0])}, tmp_path/'e.bin')
+    out = merge_files(tmp_path/'b.pt', [tmp_path/'e.bin', experts[1]], tmp_path/'out', alpha=.5, device='cpu')
+    same(out, reference(base, experts[:2], 'task_arithmetic', .5))
+    assert [f.name for f in sorted(out.iterdir())]==['model.safetensors', 'subspace_nb.json']
+    (tmp_path/'old').mkdir(); state = loaded(base); names = list(state)
+    for i in (0, 1): torch.save({k: state[k] for k in names[i::2]}, tmp_path/'old'/f'pytorch_model-0000{i+1}-of-00002.bin')
+    (tmp_path/'old'/'pytorch_model.bin.index.json').write_text(json.dumps({'weight_map': {k: f'pytorch_model-0000{j%2+1}-of-00002.bin' for j, k in enumerate(names)}}))
+    out = merge_files(tmp_path/'old', experts[:2], tmp_path/'out2', alpha=.5, device='cpu')
+    same(out, reference(base, experts[:2], 'task_arithmetic', .5))
+    assert len(Checkpoint(out).shards)==2 and not list(out.glob('*.bin*'))
+
+def adapter(path, seed, base):
+    rng = torch.Generator().manual_seed(seed)
+    path.mkdir()
+    names = [k.removesuffix('.weight') for k in base if re.search(r'[qv]_proj\.weight|fc1\.weight', k)]
+    save_file({f'base_model.model.{k}.lora_{x}.weight': torch.randn(*((2, base[k+'.weight'].shape[1]) if x=='A' else (base[k+'.weight'].shape[0], 2)), generator=rng) for k in names for x in 'AB'}, path/'adapter_model.safetensors')
+    (path/'adapter_config.json').write_text(json.dumps(dict(peft_type='LORA', r=2, lora_alpha=2)))
+    return path
+
+@pytest.mark.parametrize('method', ['task_arithmetic', 'ties', 'tsv_m'])
+def test_adapters_and_experts_together(models, tmp_path, method):
+    base, experts = models
+    state = loaded(base)
+    paths = [adapter(tmp_path/f'a{i}', i, state) for i in range(2)]
+    full = [folder(tmp_path/f'f{i}', {k: v.double() if v.is_floating_point() else v for k, v in (Adapter(p).task_vector(state).apply(state)).items()}) for i, p in enumerate(paths)]
+    out = loaded(merge_files(base, [*paths, experts[0]], tmp_path/'out', method, device='cpu'))
+    want = reference(base, [*full, experts[0]], method)
+    for k in want: torch.testing.assert_close(out[k], want[k], rtol=2e-3, atol=2e-3)
+
+# what headers can tell
+
+def test_what_does_not_fit(models, tmp_path):
+    base, experts = models
+    state = loaded(experts[0])
+    cases = {'missing in bad0': {k: v for k, v in state.items() if k!='visual.proj'}, 'head.weight: in bad1 only': state | {'head.weight': torch.ones(2, 2)},
+             r'scale: shape \(\) in base, \(1,\)': state | {'scale': torch.ones(1)}, 'flag: torch.bool in base, torch.float32': state | {'flag': torch.tensor(1.)}}
+    for i, (why, s) in enumerate(cases.items()):
+        with pytest.raises(ValueError, match=why): merge_files(base, [experts[1], folder(tmp_path/f'bad{i}', s)], tmp_path/'out', device='cpu')
+    both = folder(tmp_path/'both', {k: v for k, v in state.items() if k not in ('visual.proj', 'scale')} | {'h': torch.ones(1), 'g': torch.ones(1)})
+    with pytest.raises(ValueError) as e: merge_files(base, [experts[1], both], tmp_path/'out', device='cpu')
+    assert all(k in str(e.value) for k in ('visual.proj: missing', 'scale: missing', 'h: in both only', 'g: in both only'))
+    with pytest.raises(ValueError, match='activation: gelu in base, quick_gelu'): merge_files(base, [folder(tmp_path/'act', state, hidden_act='quick_gelu')], tmp_path/'out', device='cpu')
+    late = {'e.*ln: NaN or Inf': 'nan', 'position_ids: torch.int64 entries differ': 'ints'}
+    for why, name in {'NaN or Inf': 'nan', 'position_ids: torch.int64 entries differ': 'ints'}.items():
+        s = state | ({'scale': torch.tensor(float('inf'))} if name=='nan' else {'position_ids': torch.arange(6)[None]+1})
+        with pytest.raises(ValueError, match=f'{name}: .*{why}'): merge_files(base, [experts[1], folder(tmp_path/name, s)], tmp_path/'out', device='cpu')
+    assert not (tmp_path/'out').exists() and not partial_folder(tmp_path/'out').exists()
+
+@pytest.mark.parametrize('change, error, why', [
+    (dict(method='magic'), ValueError, 'method must be one of'), (dict(keep=.2), ValueError, 'has no option keep'), (dict(method='ties', keep=2), ValueError, 'keep'), (dict(method='dare', drop=1), ValueError, 'drop'),
+    (dict(method='dare', seed=-1), ValueError, 'seed'), (dict(method='consensus', agree=9), ValueError, 'agree'), (dict(method='iso_cts', common=2), ValueError, 'common'), (dict(alpha=float('nan')), ValueError, 'alpha'),
+    (dict(alpha='x'), TypeError, 'alpha'), (dict(alpha=None), TypeError, 'alpha'), (dict(beta=-1), ValueError, 'beta'), (dict(attention_beta=3), ValueError, 'attention_beta'), (dict(attention='half'), ValueError, 'attention'),
+    (dict(slope=float('inf')), ValueError, 'slope'), (dict(head_width=0), ValueError, 'head_width'), (dict(experts=[]), ValueError, 'experts is empty'), (dict(method='consensus', n=1), ValueError, 'at least 2'),
+    (dict(experts=['nothing']), FileNotFoundError, 'nothing'), (dict(out='base'), ValueError, 'replace an input'), (dict(out='.'), ValueError, 'replace an input'), (dict(skip='.'), ValueError, 'no floating')])
+def test_refused_before_any_work(models, tmp_path, change, error, why):
+    base, experts = models
+    change = dict(change)
+    experts = [tmp_path/e for e in change.pop('experts')] if 'experts' in change else experts[:change.pop('n', 3)]
+    out, method = tmp_path/change.pop('out', 'out'), change.pop('method', 'task_arithmetic')
+    before = sorted(tmp_path.rglob('*'))
+    with pytest.raises(error, match=why): merge_files(base, experts, out, method, device='cpu', overwrite='out' not in str(out), **change)
+    assert sorted(tmp_path.rglob('*'))==before
+
+def test_the_same_expert_twice(models, tmp_path):
+    base, experts = models
+    with pytest.raises(ValueError, match='twice'): merge_files(base, [experts[0], experts[0]], tmp_path/'out', device='cpu')
+    shutil.copytree(experts[0], tmp_path/'copy')
+    with pytest.raises(ValueError, match='same expert'): merge_files(base, [experts[0], tmp_path/'copy'], tmp_path/'out', device='cpu')
+
+def test_too_many_experts_for_a_matrix(tmp_path):
+    states = [{'a.weight': torch.randn(2, 9), 'b.weight': torch.randn(8, 8)} for _ in range(4)]
+    base, *experts = [folder(tmp_path/str(i), s) for i, s in enumerate(states)]
+    with pytest.raises(ValueError, match='singular values of a.weight'): merge_files(base, experts, tmp_path/'out', 'tsv_m', device='cpu')
+
+def test_tied_tensors_stored_once_and_twice(tmp_path):
+    w = [torch.randn(9, 4) for _ in range(3)]
+    def t5(w, twice=False, other=None):
+        s = {'shared.weight': w, 'encoder.block.0.layer.0.SelfAttention.q.weight': torch.randn(4, 4)}
+        return s | ({'lm_head.weight': w.clone() if other is None else other} if twice else {})
+    base, once, twice = folder(tmp_path/'b', t5(w[0])), folder(tmp_path/'o', t5(w[1])), folder(tmp_path/'t', t5(w[2], True))
+    out = loaded(merge_files(base, [once, twice], tmp_path/'out', device='cpu'))
+    assert set(out)==set(loaded(base)) and torch.allclose(out['shared.weight'], w[1]+w[2]-w[0], atol=1e-6)
+    apart = folder(tmp_path/'x', t5(w[2], True, torch.randn(9, 4)))
+    with pytest.raises(ValueError, match='lm_head.weight and shared.weight differ'): merge_files(base, [once, apart], tmp_path/'out2', device='cpu')
+    full = folder(tmp_path/'fb', t5(w[0], True))
+    out = loaded(merge_files(full, [once, twice], tmp_path/'out3', device='cpu'))
+    assert torch.equal(out['lm_head.weight'], out['shared.weight'])
+
+# accidents
+
+def test_overwrite_and_existing_output(models, tmp_path):
+    base, experts = models
+    (tmp_path/'out').mkdir(); (tmp_path/'out'/'mine.txt').write_text('x')
+    with pytest.raises(FileExistsError, match='overwrite'): merge_files(base, experts, tmp_path/'out', device='cpu')
+    with pytest.raises(ValueError): merge_files(base, experts, tmp_path/'out', 'magic', device='cpu', overwrite=True)
+    assert (tmp_path/'out'/'mine.txt').exists()
+    merge_files(base, experts, tmp_path/'out', device='cpu', overwrite=True)
+    assert not (tmp_path/'out'/'mine.txt').exists() and not list(tmp_path.glob('.*'))
+
+def test_inputs_damaged_while_merging(models, tmp_path):
+    base, experts = models
+    class Saboteur(ThreadPoolExecutor):
+        n = 0
+        def submit(self, fn, *args):
+            self.n += 1
+            if self.n==5: os.truncate(experts[0]/'model.safetensors', 3000)
+            return super().submit(fn, *args)
+    with Saboteur(1) as executor, pytest.raises(ValueError, match='e0.model.safetensors (has changed its length|is damaged)'): merge_files(base, experts, tmp_path/'out', device='cpu', executor=executor)
+    assert not (tmp_path/'out').exists() and not partial_folder(tmp_path/'out').exists()
+
+class Tired(ThreadPoolExecutor):
+    left = 9
+    def submit(self, fn, *args):
+        self.left -= 1
+        if self.left<0: raise InterruptedError('off')
+        return super().submit(fn, *args)
+
+@pytest.mark.parametrize('method, options', [('task_arithmetic', {}), ('dare', {}), ('ties', dict(slope=.3)), ('tsv_m', dict(slope=.2))])
+def test_interrupted_merges_resume(models, tmp_path, method, options):
+    base, experts = models
+    runs = 0
+    while not (tmp_path/'out').exists():
+        runs += 1
+        with Tired(1) as executor:
+            executor.left = 20 if method!='ties' else 200
+            try: merge_files(base, experts, tmp_path/'out', method, device='cpu', executor=executor, **options)
+            except InterruptedError: assert partial_folder(tmp_path/'out').exists()
+        with open(partial_folder(tmp_path/'out')/'journal', 'ab') if partial_folder(tmp_path/'out').exists() else open(os.devnull, 'wb') as f: f.write(b'{"step": "mer')  # cut off while writing
+        if (p := partial_folder(tmp_path/'out')/'journal').exists(): p.write_bytes(p.read_bytes()[:-13])
+    assert runs>1 or method=='ties'
+    same(tmp_path/'out', reference(base, experts, method, **options))
+
+def test_other_settings_start_anew(models, tmp_path):
+    base, experts = models
+    for alpha in (.1, .2):
+        with Tired(1) as executor, pytest.raises(InterruptedError): merge_files(base, experts, tmp_path/'out', alpha=alpha, device='cpu', executor=executor)
+    merge_files(base, experts, tmp_path/'out', alpha=.3, device='cpu')
+    same(tmp_path/'out', reference(base, experts, 'task_arithmetic', .3))
+
+def test_two_merges_into_one_folder(models, tmp_path):
+    base, experts = models
+    class Nested(ThreadPoolExecutor):
+        error = None
+        def submit(self, fn, *args):
+            if self.error is None:
+                try: merge_files(base, experts, tmp_path/'out', device='cpu'); self.error = 'none'
+                except RuntimeError as e: self.error = str(e)
+            return super().submit(fn, *args)
+    with Nested(1) as executor: merge_files(base, experts, tmp_path/'out', device='cpu', executor=executor)
+    assert 'another merge' in executor.error
+    same(tmp_path/'out', reference(base, experts, 'task_arithmetic'))
+
+SCRIPT = '''
+import resource, sys, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from subspace_nb.stream import merge_files
+root = Path(sys.argv[1])
+'''
+
+def run(tmp_path, body, **kwargs):
+    return subprocess.run([sys.executable, '-c', SCRIPT+textwrap.dedent(body), str(tmp_path)], capture_output=True, text=True, cwd=os.getcwd(), **kwargs)
+
+def test_a_full_disk_leaves_nothing(models, tmp_path):
+    base, experts = models
+    r = run(tmp_path, '''
+        size = max(f.stat().st_size for f in (root/'base').iterdir())
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size-500, resource.RLIM_INFINITY))
+        merge_files(root/'base', [root/'e0', root/'e1'], root/'out', device='cpu')''')
+    assert r.returncode and 'no room for' in r.stderr and not (tmp_path/'out').exists() and not partial_folder(tmp_path/'out').exists()
+
+def test_a_full_tmpfs_leaves_nothing(models, tmp_path):
+    (tmp_path/'small').mkdir()
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=16k', 'tmpfs', str(tmp_path/'small')], capture_output=True).returncode: pytest.skip('mounting is not permitted here')
+    try:
+        with pytest.raises(OSError, match='no room for'): merge_files(models[0], models[1], tmp_path/'small'/'out', device='cpu')
+        assert not list((tmp_path/'small').iterdir())
+    finally: subprocess.run(['umount', str(tmp_path/'small')])
+
+def test_a_killed_process_resumes(models, tmp_path):
+    base, experts = models
+    r = run(tmp_path, '''
+        import os, signal
+        from concurrent.futures import ThreadPoolExecutor
+        class Killer(ThreadPoolExecutor):
+            n = 0
+            def submit(self, fn, *args):
+                f = super().submit(fn, *args); f.result(); self.n += 1
+                return f
+        import subspace_nb.stream as s
+        add = s.Journal.add
+        def last_words(self, step, name, result):
+            add(self, step, name, result)
+            if len(self.done)==12: os.kill(os.getpid(), signal.SIGKILL)
+        s.Journal.add = last_words
+        merge_files(root/'base', [root/'e0', root/'e1', root/'e2'], root/'out', 'tsv_m', device='cpu', executor=Killer(1))''')
+    assert r.returncode==-signal.SIGKILL and not (tmp_path/'out').exists()
+    assert len(Journal(partial_folder(tmp_path/'out')).done)==12
+    same(merge_files(base, experts, tmp_path/'out', 'tsv_m', device='cpu'), reference(base, experts, 'tsv_m'))
+
+def test_a_worker_killed_then_resumed(models, tmp_path):
+    base, experts = models
+    from concurrent.futures.process import BrokenProcessPool
+    with ProcessPoolExecutor(1, mp_context=get_context('spawn'), initializer=torch.set_num_threads, initargs=(1,)) as executor:
+        pid = executor.submit(os.getpid).result()
+        class Proxy(ThreadPoolExecutor):
+            n = 0
+            def submit(self, fn, *args):
+                self.n += 1
+                if self.n==10: os.kill(pid, signal.SIGKILL)
+                return executor.submit(fn, *args)
+        with Proxy(1) as proxy, pytest.raises(BrokenProcessPool): merge_files(base, experts, tmp_path/'out', device='cpu', executor=proxy)
+    same(merge_files(base, experts, tmp_path/'out', device='cpu'), reference(base, experts, 'task_arithmetic'))
+
+def test_dask_with_a_worker_killed(models, tmp_path):
+    distributed = pytest.importorskip('distributed', reason='dask.distributed is not installed')
+    base, experts = models
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster, distributed.Client(cluster) as client:
+        client.run(torch.set_num_threads, 1)
+        pids, inner = list(client.run(os.getpid).values()), client.get_executor()
+        class Killing(ThreadPoolExecutor):
+            n = 0
+            def submit(self, fn, *args):
+                self.n += 1
+                if self.n==12: os.kill(pids[0], signal.SIGKILL)
+                return inner.submit(fn, *args)
+        with Killing(1) as executor: merge_files(base, experts, tmp_path/'out', 'tsv_m', device='cpu', executor=executor)
+    same(tmp_path/'out', reference(base, experts, 'tsv_m'))
+
+def test_memory_is_bounded(tmp_path):
+    "A base and three experts of 40 MiB each, merged by a process that may take the largest matrix three times and 160 MiB: too little for merging in memory."
+    shapes = {'embed': (4096, 1024), **{f'layers.{i}.mlp.fc1.weight': (512, 1024) for i in range(12)}}              # 16 MiB and 2 MiB
+    for i in range(4): save_file({k: torch.rand(s, generator=torch.Generator().manual_seed(i)) for k, s in shapes.items()}, tmp_path/f'{i}.safetensors')
+    r = run(tmp_path, '''
+        from safetensors.torch import load_file
+        from subspace_nb.tasks import task_vector
+        data = lambda: next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmData'))*1024
+        limit = data()+3*16*2**20+160*2**20
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        paths = [root/f'{i}.safetensors' for i in range(1, 4)]
+        for method, options in (('ties', {}), ('consensus', dict(slope=.2)), ('task_arithmetic', dict(beta=0.))):
+            merge_files(root/'0.safetensors', paths, root/'out', method, device='cpu', overwrite=True, **options)
+        try: base = load_file(root/'0.safetensors'); taus = [task_vector(base, load_file(p)) for p in paths]; print('no limit')
+        except (RuntimeError, MemoryError): print('limited')''')
+    assert r.returncode==0, r.stderr[-2000:]
+    assert r.stdout.strip()=='limited'
+
+def test_options_are_the_methods_own():
+    assert method_options('ties')=={'keep': .2} and method_options('consensus')=={'lam': .4, 'agree': 2} and method_options('higher_order_boosting')=={'pi': 1e-2, 'scale': 'unit'}
