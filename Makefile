@@ -4,7 +4,7 @@ WORKERS ?= 2
 BIN     := .venv/bin
 STAMP   := .venv/.installed
 
-.PHONY: help run test check lab pool bench export clean-nbs save readme
+.PHONY: help run test check lab play pool bench vision export clean-nbs save readme
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -27,11 +27,18 @@ check: $(STAMP) ## do modules, notebooks and README still fit together?
 lab: $(STAMP) ## open JupyterLab on nbs/
 	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=nbs
 
+play: $(STAMP) ## the playground alone, in a browser, on loopback
+	$(BIN)/python -m subspace_nb.app
+
 pool: $(STAMP) ## make the embedded experts again
 	$(BIN)/python -m subspace_nb.zoo_build
 
-bench: $(STAMP) ## time and measure memory
-	$(BIN)/python benchmarks/bench.py
+bench: $(STAMP) ## time and measure memory: boosting, TSV-M and isotropic merging, ESM, HO-GSVD
+	for part in boost rivals esm hogsvd; do $(BIN)/python benchmarks/$$part.py || exit 1; done
+
+vision: $(STAMP) ## what is missing of the table of all methods; resumes
+	$(BIN)/python -m subspace_nb.vision
+	$(BIN)/python -m subspace_nb.vision --costs
 
 export: $(STAMP) ## notebooks to modules
 	$(BIN)/nbdev-export

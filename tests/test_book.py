@@ -60,7 +60,7 @@ def third_party(path): # names of the distributions that a module imports
         if isinstance(node, ast.Import): imported |= {a.name.split('.')[0] for a in node.names}
         if isinstance(node, ast.ImportFrom) and not node.level: imported.add(node.module.split('.')[0])
     comes_with = {'PIL': 'pillow', 'open_clip': 'open_clip_torch', 'torchvision': 'open_clip_torch',
-                  'nbformat': 'nbconvert', 'pygments': 'nbconvert', 'traitlets': 'nbclient', 'IPython': 'ipykernel'}
+                  'nbformat': 'nbconvert', 'pygments': 'nbconvert', 'traitlets': 'ipywidgets', 'yaml': 'pyyaml', 'IPython': 'ipykernel'}
     return {comes_with.get(m, m) for m in imported-set(sys.stdlib_module_names)-{'subspace_nb'}}
 
 def test_what_modules_import_is_required(ini):

@@ -1,6 +1,6 @@
 """Time and memory of the spectral methods on ViT-B/32's shapes, side by side in one run.
 
-    python benchmarks/bench.py [--experts 8] [--blocks 12] [--width 768] [--device cpu] [--json FILE]
+    python benchmarks/boost.py [--experts 8] [--blocks 12] [--width 768] [--device cpu] [--json FILE]
 
 Each task vector is handled by each way in turn, so that a drifting machine slows all. `seconds` is the sum over the task vectors;
 `ours is faster` is the median ratio to `subspace_boosting`, vector by vector; `MiB` is the peak of the process above what the
