@@ -1128,7 +1128,7 @@ def serve(
         print(f'The playground is at http://127.0.0.1:{port}/ (Ctrl+C ends it)', flush=True)
         env = os.environ | {'JUPYTER_PREFER_ENV_PATH': '1', 'JUPYTER_PATH': os.pathsep.join(filter(None, [folder, os.environ.get('JUPYTER_PATH')]))}
         command = [sys.executable, '-m', 'voila', str(page), '--no-browser', f'--port={port}', '--Voila.ip=127.0.0.1', '--template=playground', '--theme=light',
-                   "--VoilaConfiguration.extension_allowlist=['@jupyter-widgets/jupyterlab-manager']"]
+                   "--VoilaConfiguration.extension_denylist=['@voila-dashboards/jupyterlab-preview', 'jupyterlab-jupytext']"]
         try: return subprocess.run(command, env=env).returncode
         except KeyboardInterrupt: return 0
 

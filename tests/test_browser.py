@@ -1,0 +1,186 @@
+"""The playground in a real Chromium: served by Voilà, and as a chapter in JupyterLab. Numbers on the page are compared with the modules'."""
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+import pytest
+import torch
+
+from subspace_nb.app import Engine, Settings, betas
+from subspace_nb.experts import Pool, read_state
+
+root = Path(__file__).parent.parent
+chromium = next((p for p in map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome')) if p), None)
+flags = '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split()
+patience = 120_000 # ms
+
+def missing():
+    "What has to be installed, or None."
+    if chromium is None: return 'these tests need a Chromium: apt-get install chromium'
+    for module, name in (('playwright', 'playwright'), ('voila', 'voila'), ('jupyterlab', 'jupyterlab')):
+        try: __import__(module)
+        except ImportError: return f'these tests need the package {name}: pip install {name}'
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+@pytest.fixture(scope='module')
+def browser():
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=flags)
+        yield browser
+        browser.close()
+
+@contextmanager
+def page_of(browser):
+    "A page, and what went wrong on it or left this machine."
+    context = browser.new_context(viewport=dict(width=1280, height=800))
+    page, wrong = context.new_page(), []
+    page.set_default_timeout(patience)
+    page.on('console', lambda m: wrong.append(m.text) if m.type=='error' else None)
+    page.on('pageerror', lambda e: wrong.append(str(e)))
+    page.on('request', lambda r: None if r.url.startswith(('http://127.0.0.1', 'ws://127.0.0.1', 'data:', 'blob:')) else wrong.append(f'asked for {r.url}'))
+    try: yield page, wrong
+    finally: context.close()
+
+def free_port():
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+
+@contextmanager
+def serving(command, address, cwd, **env):
+    "A server and its children, ended together."
+    log = open(Path(cwd)/'server.log', 'w')
+    server = subprocess.Popen(command, cwd=cwd, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=os.environ | {'PYTHONPATH': str(root), 'OMP_NUM_THREADS': str(torch.get_num_threads())} | env)
+    try:
+        for _ in range(240):
+            try: urlopen(address, timeout=60); break
+            except HTTPError: break                       # it answers
+            except OSError: assert server.poll() is None, (Path(cwd)/'server.log').read_text(); time.sleep(.5)
+        yield
+    finally:
+        os.killpg(server.pid, signal.SIGINT)
+        try: server.wait(10)
+        except subprocess.TimeoutExpired: os.killpg(server.pid, signal.SIGKILL); server.wait()
+        log.close()
+
+@pytest.fixture(scope='module')
+def engine(): return Engine(Pool.embedded())
+
+def number(page, name): return float(page.inner_text(f'.pg-{name}').rstrip('%'))
+
+def check_screen(page, engine, s):
+    "The numbers on the page are those of the settings."
+    label = 'visual.transformer.resblocks.2.mlp.c_fc.weight'
+    before, after, _ = engine.spectrum(s, label)
+    ranks = engine.ranks(s)
+    scores = engine.pool.evaluate(engine.state(s), list(s.experts))
+    assert page.inner_text('.pg-settings')==str(s)
+    for name, value, tol in (('top', before[0], 2e-4), ('low-before', before[-1], 2e-4), ('low-after', after[-1], 2e-4), ('rank-before', ranks.before.mean(), .02), ('rank-after', ranks.after.mean(), .02),
+                             ('mean', 100*scores.loc['mean', 'normalised'], .02), ('accuracy', 100*scores.loc['mean', 'accuracy'], .02)):
+        assert abs(number(page, name)-float(value))<tol, name
+
+def settled(page):
+    "Wait until the screen is up to date, for the β that its slider is at."
+    page.wait_for_timeout(250)
+    page.wait_for_function("""betas => {
+        const at = document.querySelector('.pg-controls .noUi-handle'), typed = document.querySelector('.pg-controls input[type=text]')
+        const beta = betas[Math.round(parseFloat(at.getAttribute('aria-valuenow')))]
+        return document.querySelector('.pg-done') && Math.abs(beta-parseFloat(typed.value))<1e-9 && document.querySelector('.pg-settings').innerText.includes(`β = ${beta},`)
+    }""", arg=list(betas))
+
+def typed_beta(page): return float(page.locator('.pg-controls input[type=text]').first.input_value())
+
+def handle(page): return page.locator('.pg-controls .noUi-handle').first
+
+def nothing_cut_off(page):
+    "Every control and picture lies inside the window, from left to right, once the page has followed its size."
+    page.wait_for_function("""() => document.documentElement.scrollWidth<=innerWidth && [...document.querySelectorAll('.pg-controls button, .pg-controls select, .pg-controls input, .pg-panel, .pg textarea')]
+        .map(e => e.getBoundingClientRect()).every(r => r.width==0 || (r.left>=0 && r.right<=innerWidth+1))""", timeout=10_000)
+
+def test_voila(browser, engine, tmp_path):
+    port = free_port(); address = f'http://127.0.0.1:{port}/'
+    with serving([sys.executable, '-m', 'subspace_nb.app', '--port', str(port)], address+'voila/static/spinner.css', tmp_path), page_of(browser) as (page, wrong):
+        page.goto(address); page.wait_for_selector('.pg-head')
+        tick = lambda text: page.get_by_label(text, exact=True).click()
+        button = lambda text: page.get_by_role('button', name=text, exact=True).click()
+        menu = lambda i, value: page.locator('.pg-controls select').nth(i).select_option(value)
+        names = engine.pool.tasks
+        for i in (8, 7, 6, 5, 4, 8, 8): tick(f'{i} {names[i-1]}')            # quickly, while the first numbers are still being computed
+        settled(page)
+        three = tuple(names[:3])
+        check_screen(page, engine, Settings(three))
+        for width, height in ((1920, 1080), (1280, 800)): page.set_viewport_size(dict(width=width, height=height)); nothing_cut_off(page)
+        assert page.evaluate('document.documentElement.scrollHeight<=innerHeight')
+        assert page.locator('.pg-at-spectrum img').get_attribute('alt').startswith('Block 2, mlp.c_fc')
+        # β by keyboard
+        first = page.locator('.pg-at-spectrum img').get_attribute('src')
+        handle(page).focus()
+        for _ in range(20): page.keyboard.press('ArrowRight')
+        settled(page)
+        assert typed_beta(page)==betas[20]
+        check_screen(page, engine, Settings(three, beta=betas[20]))
+        second = page.locator('.pg-at-spectrum img').get_attribute('src')
+        assert first!=second
+        # β by drag
+        box, track = handle(page).bounding_box(), page.locator('.pg-controls .noUi-base').first.bounding_box()
+        page.mouse.move(box['x']+box['width']/2, box['y']+box['height']/2); page.mouse.down()
+        for share in (.6, .65, .7, .75, .8): page.mouse.move(track['x']+share*track['width'], box['y']+box['height']/2)
+        page.mouse.up()
+        settled(page)
+        beta = typed_beta(page)
+        assert beta in betas and abs(betas.index(beta)-.8*(len(betas)-1))<=1.5
+        check_screen(page, engine, Settings(three, beta=beta))
+        assert second!=page.locator('.pg-at-spectrum img').get_attribute('src')
+        # code and weights
+        text = page.locator('.pg textarea').input_value()
+        exec(text.rpartition('\n')[0], made := {})
+        page.locator('.pg input[type=text]').last.fill(str(tmp_path/'merged.safetensors')); page.keyboard.press('Tab')
+        button('Save'); page.wait_for_selector('.pg-saved')
+        saved, ref = read_state(tmp_path/'merged.safetensors'), engine.state(Settings(three, beta=beta))
+        for k in ref: assert torch.allclose(made['state'][k], ref[k], atol=1e-5) and torch.allclose(saved[k], ref[k], atol=1e-5)
+        button('Save'); page.wait_for_selector('.pg-error'); assert 'exists' in page.inner_text('.pg-error')
+        # what makes no model
+        for i in (2, 3): tick(f'{i} {names[i-1]}')
+        menu(0, 'Consensus'); page.wait_for_selector('.pg-error >> text=two at least')
+        assert page.locator('.pg-at-accuracy.pg-stale').count() and not page.locator('.pg-mean').count()
+        button('first 20'); menu(0, 'TSV-M'); page.wait_for_selector('.pg-error >> text=more than the singular values')
+        button('Reset'); page.wait_for_selector('.pg-error', state='detached')
+        assert not wrong, wrong
+
+def test_jupyterlab(browser, engine, tmp_path):
+    port = free_port(); address = f'http://127.0.0.1:{port}/'
+    shutil.copy(root/'nbs/40_playground.ipynb', tmp_path); shutil.copytree(root/'nbs/results', tmp_path/'results')
+    for name, value in (('apputils-extension/notification', dict(fetchNews='false', checkForUpdates=False)), ('notebook-extension/tracker', dict(windowingMode='none'))):
+        path = tmp_path/f'settings/@jupyterlab/{name}.jupyterlab-settings'
+        path.parent.mkdir(parents=True, exist_ok=True); path.write_text(json.dumps(value))
+    command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', f'--ServerApp.root_dir={tmp_path}', '--IdentityProvider.token=', '--LabApp.expose_app_in_browser=True']
+    idle = '.jp-Notebook-ExecutionIndicator[data-status="idle"]'
+    with serving(command, address+'api', tmp_path, JUPYTERLAB_SETTINGS_DIR=str(tmp_path/'settings'), JUPYTERLAB_WORKSPACES_DIR=str(tmp_path/'workspaces'), JUPYTER_PREFER_ENV_PATH='1'), page_of(browser) as (page, wrong):
+        page.goto(address+'lab/tree/40_playground.ipynb')
+        page.wait_for_selector(idle)
+        page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+        page.wait_for_selector('.pg-head')
+        page.wait_for_selector(idle); settled(page)
+        assert not page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"], .jp-RenderedText[data-mime-type="application/vnd.jupyter.stderr"] >> text=Traceback').count()
+        page.get_by_role('button', name='Reset', exact=True).click(); settled(page)
+        page.get_by_role('button', name='none', exact=True).click(); page.wait_for_selector('.pg-error')
+        for i in (1, 2): page.get_by_label(f'{i} {engine.pool.tasks[i-1]}', exact=True).click()
+        settled(page)
+        first = page.locator('.pg-at-spectrum img').get_attribute('src')
+        handle(page).focus()
+        for _ in range(24): page.keyboard.press('ArrowRight')
+        settled(page)
+        check_screen(page, engine, Settings(tuple(engine.pool.tasks[:2]), beta=typed_beta(page)))
+        assert typed_beta(page)==betas[24] and first!=page.locator('.pg-at-spectrum img').get_attribute('src')
+        nothing_cut_off(page)
+        page.screenshot(path=str(tmp_path/'lab.png'))
+        assert not wrong, wrong
