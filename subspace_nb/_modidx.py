@@ -72,6 +72,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'subspace_nb.app.Latest': ('playground.html#latest', 'subspace_nb/app.py'),
                                  'subspace_nb.app.Latest.__init__': ('playground.html#latest.__init__', 'subspace_nb/app.py'),
                                  'subspace_nb.app.Latest._run': ('playground.html#latest._run', 'subspace_nb/app.py'),
+                                 'subspace_nb.app.Latest.close': ('playground.html#latest.close', 'subspace_nb/app.py'),
                                  'subspace_nb.app.Latest.submit': ('playground.html#latest.submit', 'subspace_nb/app.py'),
                                  'subspace_nb.app.Panel': ('playground.html#panel', 'subspace_nb/app.py'),
                                  'subspace_nb.app.Panel.__init__': ('playground.html#panel.__init__', 'subspace_nb/app.py'),

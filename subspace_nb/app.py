@@ -9,7 +9,7 @@ __all__ = ['higher_order', 'merges', 'methods', 'coefficients', 'first_part', 'b
            'main']
 
 # %% ../nbs/40_playground.ipynb #a4d77e50
-import argparse, base64, io, json, os, queue, subprocess, sys, tempfile, threading, time, traceback
+import argparse, atexit, base64, io, json, os, queue, subprocess, sys, tempfile, threading, time, traceback
 import asyncio
 from collections import OrderedDict
 from contextlib import contextmanager
@@ -412,7 +412,8 @@ class Latest:
     def __init__(self,
         delay:float=.15, # seconds without a newer job before one starts
     ):
-        self.delay, self._turn, self._job, self._number, self._thread = delay, threading.Condition(), None, 0, None
+        self.delay, self._turn, self._job, self._number, self._thread, self._open = delay, threading.Condition(), None, 0, None, True
+        atexit.register(self.close)
 
     def submit(self,
         job:Callable|None, # called with a function that says whether it has been overtaken; None: only stop what runs
@@ -425,10 +426,16 @@ class Latest:
             self._turn.notify()
             return self._number
 
+    def close(self):
+        "Let the running job finish or stop, and start no other."
+        with self._turn: self._number, self._job, self._open = self._number+1, None, False; self._turn.notify()
+        if self._thread is not None: self._thread.join(20)
+
     def _run(self):
         while True:
             with self._turn:
-                while not self._job or (left := self._job[2]-time.monotonic())>0: self._turn.wait(left if self._job else None)
+                while self._open and (not self._job or (left := self._job[2]-time.monotonic())>0): self._turn.wait(left if self._job else None)
+                if not self._open: return
                 (job, number, _), self._job = self._job, None
             job(lambda: number!=self._number)
 
@@ -616,7 +623,7 @@ class GridSlider(w.VBox):
         self._busy = busy
 
 _css = """<style>
-.pg {max-width:1900px; --pg-line:#c8c8c8}
+.pg {max-width:max(1000px, calc((100vh - 240px)*1.66 + 335px)); margin:0 auto; --pg-line:#c8c8c8}
 .pg .pg-panel {background:#fff; border:1px solid var(--pg-line); border-radius:6px; overflow:hidden; position:relative; display:block; margin:0; min-width:0; min-height:0}
 .pg .pg-panel img {width:100%; height:auto; display:block}
 .pg .pg-stale > * {visibility:hidden}

@@ -104,7 +104,8 @@ def null_mask(
     empty = torch.arange(r, 0, -1, dtype=s.dtype, device=s.device)        # directions left without signal, if the first of them is here
     noise = max(16*eps, min(1024*eps, 1e-3))*s.norm(dim=-1, keepdim=True)/(size*r)**.5     # δ, in each entry
     falls = torch.zeros_like(s, dtype=torch.bool)
-    falls[..., 1:] = (s <= noise*((size-r+empty).sqrt()+empty.sqrt()))[..., 1:] & (s[..., 1:] < .01*s[..., :-1])
+    level = (noise*((size-r+empty).sqrt()+empty.sqrt())).minimum(size*eps*top)
+    falls[..., 1:] = (s <= level)[..., 1:] & (s[..., 1:] < .01*s[..., :-1])
     return (falls.cumsum(-1)>0) | (s <= eps*top/r**.5)
 
 def numerical_rank(

@@ -158,7 +158,9 @@ def test_voila(browser, engine, tmp_path):
 
 def test_jupyterlab(browser, engine, tmp_path):
     port = free_port(); address = f'http://127.0.0.1:{port}/'
-    shutil.copy(root/'nbs/40_playground.ipynb', tmp_path); shutil.copytree(root/'nbs/results', tmp_path/'results')
+    book = json.loads((root/'nbs/40_playground.ipynb').read_text(encoding='utf-8'))
+    book['metadata']['kernelspec'] = dict(display_name='Python 3 (ipykernel)', language='python', name='python3')     # or JupyterLab asks which
+    (tmp_path/'40_playground.ipynb').write_text(json.dumps(book), encoding='utf-8'); shutil.copytree(root/'nbs/results', tmp_path/'results')
     for name, value in (('apputils-extension/notification', dict(fetchNews='false', checkForUpdates=False)), ('notebook-extension/tracker', dict(windowingMode='none'))):
         path = tmp_path/f'settings/@jupyterlab/{name}.jupyterlab-settings'
         path.parent.mkdir(parents=True, exist_ok=True); path.write_text(json.dumps(value))
@@ -166,10 +168,10 @@ def test_jupyterlab(browser, engine, tmp_path):
     idle = '.jp-Notebook-ExecutionIndicator[data-status="idle"]'
     with serving(command, address+'api', tmp_path, JUPYTERLAB_SETTINGS_DIR=str(tmp_path/'settings'), JUPYTERLAB_WORKSPACES_DIR=str(tmp_path/'workspaces'), JUPYTER_PREFER_ENV_PATH='1'), page_of(browser) as (page, wrong):
         page.goto(address+'lab/tree/40_playground.ipynb')
-        page.wait_for_selector(idle)
+        page.wait_for_selector('text=/ipykernel.* . Idle/')
         page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
         page.wait_for_selector('.pg-head')
-        page.wait_for_selector(idle); settled(page)
+        page.wait_for_selector(idle); page.wait_for_selector('.pg-done')
         assert not page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"], .jp-RenderedText[data-mime-type="application/vnd.jupyter.stderr"] >> text=Traceback').count()
         page.get_by_role('button', name='Reset', exact=True).click(); settled(page)
         page.get_by_role('button', name='none', exact=True).click(); page.wait_for_selector('.pg-error')
@@ -182,5 +184,4 @@ def test_jupyterlab(browser, engine, tmp_path):
         check_screen(page, engine, Settings(tuple(engine.pool.tasks[:2]), beta=typed_beta(page)))
         assert typed_beta(page)==betas[24] and first!=page.locator('.pg-at-spectrum img').get_attribute('src')
         nothing_cut_off(page)
-        page.screenshot(path=str(tmp_path/'lab.png'))
         assert not wrong, wrong
