@@ -17,11 +17,11 @@ import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from .spectra import as_work, gram_error, null_mask, svd
+from .spectra import as_work, gram_error, null_mask, svd, spread
 from .tasks import TaskVector, check_taus, default_device, in_block, map_matrices, task_vector, two_dim
 from .collapse import component
 from .essential import Moments, check_inputs, check_k, linear_sites
-from .rivals import eig_gram, leading, on_workers, task_rank, tsv_matrix
+from .rivals import eig_gram, leading, task_rank, tsv_matrix
 
 # %% ../nbs/21_esm.ipynb #8c49eeeb
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def factors(
         if steps.norm=='kept': norm = a.norm()
         w = _relative(_relative(energy)**steps.weight) if steps.weight else torch.ones_like(energy)
         return e*w, a*w[:, None], norm
-    es, coords, norms = zip(*on_workers(one, dws, xs))
+    es, coords, norms = zip(*spread(one, dws, xs))
     scales = _relative(torch.stack(norms)).square() if steps.task else [1.]*len(dws)
     p, a = torch.cat(es, 1), torch.cat([c*s for c, s in zip(coords, scales)])
     return p, a*_relative(a.norm(dim=0)).square() if steps.dimension else a

@@ -188,7 +188,7 @@ def gram_road(
     "The same eigenproblem without Q: with AᵀA = RᵀR, (QᵢᵀQᵢ + πI)⁻¹ = R (AᵢᵀAᵢ + πAᵀA)⁻¹ Rᵀ."
     if not 1e-3<=pi<1: return None
     n = mats[0].shape[-1]
-    hs = [lower_gram(a) for a in mats]
+    hs = spread(lower_gram, mats)
     g = sum(hs)
     lam = torch.linalg.eigvalsh(g)
     unit = torch.finfo(torch.float64).eps
@@ -196,7 +196,7 @@ def gram_road(
     if not (lam[:, 0]*limit*pi>unit*lam[:, -1]).all(): return None
     if null_mask(lam.sqrt().flip(-1), max(n, sum(a.shape[-2] for a in mats)), eps, rank_tol).any(): return None
     l = torch.linalg.cholesky(g)
-    tall = [torch.cholesky_inverse(torch.linalg.cholesky(h+pi*g)) for a, h in zip(mats, hs) if a.shape[-2]>=n]
+    tall = spread(lambda h: torch.cholesky_inverse(torch.linalg.cholesky(h+pi*g)), [h for a, h in zip(mats, hs) if a.shape[-2]>=n])
     wide = [inverse_gram(torch.linalg.solve_triangular(l, a.mT, upper=False).mT, pi) for a in mats if a.shape[-2]<n]
     t = (l.mT@sum(tall)@l if tall else 0)+sum(wide)
     tau, z = torch.linalg.eigh(t)
@@ -228,7 +228,8 @@ def shared_basis(
         y = split_isolated([a[b]@w[b][:, at] for a in [*mats, *([extra] if low[b] else [])]], v[b][:, at])
         w[b][:, at], v[b][:, at], tau[b, at] = w[b][:, at]@y, v[b][:, at]@y, y.square().mT@tau[b, at]
     sign = torch.where(v.gather(-2, v.abs().argmax(-2, keepdim=True))<0, -1., 1.).to(v.dtype)
-    bs = [a@(w*sign) for a in mats]
+    w = w*sign
+    bs = [a@w for a in mats]
     sigmas = torch.stack([b.norm(dim=-2) for b in bs], -2)
     faint = max(64*torch.finfo(torch.float64).eps*v.shape[-1], 4*min(eps, torch.finfo(torch.float32).eps))   # less than the result resolves
     return bs, sigmas.masked_fill(sigmas<=faint*sigmas.amax(-1, keepdim=True), 0.), v*sign*scale, tau, blocks

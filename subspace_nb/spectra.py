@@ -8,6 +8,7 @@ __all__ = ['as_work', 'all_finite', 'check_matrix', 'check_share', 'svd', 'singu
            'spectral_norm', 'polar_iteration', 'polar', 'lift']
 
 # %% ../nbs/00_spectra.ipynb #9caf5074
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from numbers import Real
 from typing import Callable
@@ -168,15 +169,16 @@ def _map_one(dw, fn, rank_tol):
 
 # %% ../nbs/00_spectra.ipynb #baa91576
 def spread(
-    fn:Callable, # called with one item
-    items:list, # independent pieces of work on the CPU
-)->list: # fn of each item, in order
-    "Call `fn` on each item, one single-threaded worker per core."
+    fn:Callable, # called with the items of one piece of work
+    *items:Iterable, # independent pieces of work: one list for each argument of `fn`
+)->list: # fn of each, in order
+    "`map` with one single-threaded worker per core; tensors on a GPU take their turn."
+    work = list(zip(*items))
     threads = torch.get_num_threads()
-    n = min(threads, len(items), 8)
-    if n<2: return [fn(x) for x in items]
+    n = min(threads, len(work), 8)
+    if n<2 or getattr(work[0][0], 'is_cuda', False): return [fn(*w) for w in work]
     try:
-        with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as pool: return list(pool.map(fn, items))
+        with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as pool: return list(pool.map(lambda w: fn(*w), work))
     finally: torch.set_num_threads(threads)
 
 def map_spectrum(
@@ -187,10 +189,7 @@ def map_spectrum(
     "U diag(fn(σ)) Vᵀ from the Gram matrix in float64, or from a plain SVD where the condition number asks for it."
     flat = check_matrix(dw).reshape(-1, *dw.shape[-2:])
     out = torch.empty_like(flat)
-    work = lambda pair: pair[1].copy_(_map_one(pair[0], fn, rank_tol))
-    pairs = list(zip(flat, out))
-    if dw.is_cuda: [work(p) for p in pairs]
-    else: spread(work, pairs)
+    spread(lambda a, b: b.copy_(_map_one(a, fn, rank_tol)), flat, out)
     return out.reshape(dw.shape)
 
 # %% ../nbs/00_spectra.ipynb #23609382

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['methods', 'full_disk', 'Method', 'method_options', 'digits', 'next_digit', 'Inputs', 'Job', 'open_source',
-           'read_taus', 'elect', 'merge_piece', 'cut', 'merged_pieces', 'advance', 'shard_names', 'plan_shard',
-           'reserve', 'write_at', 'merge_unit', 'measure_unit', 'scale_unit', 'carry_unit', 'count_unit', 'sign_unit',
+           'read_taus', 'merge_piece', 'cut', 'merged_pieces', 'advance', 'shard_names', 'plan_shard', 'reserve',
+           'write_at', 'merge_unit', 'measure_unit', 'scale_unit', 'carry_unit', 'count_unit', 'sign_unit',
            'check_inputs', 'check_number', 'check_method', 'Journal', 'run_units', 'check_paths', 'hashes_of',
            'work_dtype', 'partial_folder', 'merge_files']
 
@@ -29,7 +29,7 @@ import subspace_nb
 from .spectra import as_work, check_share
 from .tasks import TaskVector, check_attention, default_device, in_block, task_vector, two_dim
 from .experts import sha256
-from .merge import average, breadcrumbs, consensus, dare, lines_factors, model_stock, task_arithmetic, ties
+from .merge import average, breadcrumbs, consensus, dare, elect, lines_factors, model_stock, task_arithmetic, ties
 from .boost import subspace_boosting
 from .rivals import iso_c, iso_cts, iso_sizes, task_rank, tsv_m
 from .hogsvd import higher_order_boosting
@@ -156,18 +156,6 @@ def _adapted(src, base, names, b): # an adapter's change of one parameter, or of
     return ds[0] if len(ds)==1 else torch.cat(ds)
 
 def _tagged(name, ws): return [TaskVector({name: w, _tag: torch.tensor([i+1.])}) for i, w in enumerate(ws)]
-
-def elect(
-    ws:list, # N pieces of one parameter in working precision
-    tops:list, # N thresholds over the whole model
-    total:float, # sum of the signs of the trimmed sums over the whole model
-)->Tensor: # the disjoint mean
-    "TIES's trim, sign election and mean for one piece, thresholds and majority sign given."
-    ws = [w*(w.abs()>=top.to(w.device)) for w, top in zip(ws, tops)]
-    sign = sum(ws).sign()
-    up = torch.where(sign==0, float(total>0)-float(total<0), sign)>0
-    agree = [torch.where(up, w>0, w<0) for w in ws]
-    return sum(w*a for w, a in zip(ws, agree))/sum(a.to(ws[0].dtype) for a in agree).clamp_min(1)
 
 def _tops(job): return [torch.tensor(t, dtype=getattr(torch, job.stats['dtype'])) for t in job.stats['tops']]
 
