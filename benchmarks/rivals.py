@@ -92,7 +92,7 @@ def main():
         for r in measure(name, taus, device):
             rows.append(r)
             print(f"{r['method']:30}{r['seconds']:>9.2f}{r['ours_is_faster']:>15.2f}×{r['MiB']:>7}{r['error']:>10.1e}", flush=True)
-    if a.json: write_json(a.json, dict(meta=dict(settings=vars(a), **environment()), rows=rows))
+    if a.json: write_json(a.json, dict(meta=dict(settings={k: v for k, v in vars(a).items() if k!='json'}, **environment()), rows=rows))
 
 
 if __name__=='__main__': main()
