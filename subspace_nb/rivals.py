@@ -15,23 +15,17 @@ from typing import Callable
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from .spectra import as_work, check_matrix, check_share, gram_error, spread
+from .spectra import as_work, check_matrix, check_share, gram_error, gram_lower, spread
 from .tasks import TaskVector, check_taus, default_device, map_task_vector, two_dim
 from .merge import average, ties
 
 # %% ../nbs/13_rivals.ipynb #d31a4ea2
 def gram(
     a:Tensor, # (m, n)
-    strips:int=4, # computed in that many column strips
 )->Tensor: # (n, n)
     "aᵀa, of which little more than one half is computed."
-    n = a.shape[1]
-    if n<64: return a.mT@a
-    g, edges = a.new_empty(n, n), [n*i//strips for i in range(strips+1)]
-    for i, j in zip(edges, edges[1:]):
-        g[i:, i:j] = a[:, i:].mT@a[:, i:j]
-        g[i:j, j:] = g[j:, i:j].mT
-    return g
+    low = gram_lower(a).tril_()
+    return low+low.tril(-1).mT
 
 def noise_mask(
     s:Tensor, # (r,) singular values in float64, descending
@@ -61,7 +55,7 @@ def eig_gram(
     a:Tensor, # (m, n) float64, m ≥ n
 )->tuple[Tensor, Tensor]: # s (n,) descending, v (n, n): singular values and right vectors
     "Singular values and right vectors from the Gram matrix; accurate to about 10⁻¹⁵(σ₁/σᵢ)²."
-    lam, v = torch.linalg.eigh(gram(a))
+    lam, v = torch.linalg.eigh(gram_lower(a))
     return lam.clamp_min(0).sqrt().flip(-1), v.flip(-1)
 
 gram_floor = 1e-5 # σ/σ₁ below which a Gram matrix in float64 is not asked for a direction
@@ -212,7 +206,7 @@ def polar_columns(
         return out, None
     if m>=2*n:                                                 # tall: as a rule so far from singular that float32 does
         w = u.float()
-        lam, v = torch.linalg.eigh(gram(w))
+        lam, v = torch.linalg.eigh(gram_lower(w))
         if lam[0]>0 and 2e-7*(lam[-1]/lam*(v.mT*weights.float()).norm(dim=1)).norm()<5e-6*weights.norm(): return w, (v*lam.rsqrt())@v.mT
     return whitened(u, weights, eps)[:2]
 

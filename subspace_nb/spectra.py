@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['as_work', 'all_finite', 'check_matrix', 'check_share', 'svd', 'singular_values', 'stable_rank', 'energy_rank',
-           'check_rank_tol', 'null_mask', 'numerical_rank', 'map_spectrum_svd', 'gram_error', 'spread', 'map_spectrum',
-           'spectral_norm', 'polar_iteration', 'polar', 'lift']
+           'check_rank_tol', 'null_mask', 'numerical_rank', 'map_spectrum_svd', 'gram_lower', 'gram_error', 'spread',
+           'map_spectrum', 'spectral_norm', 'polar_iteration', 'polar', 'lift']
 
 # %% ../nbs/00_spectra.ipynb #9caf5074
+import ctypes
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from numbers import Real
@@ -128,10 +129,14 @@ def map_spectrum_svd(
     return (u*fn(s).masked_fill(null, 0.).unsqueeze(-2)@vh).to(dw.dtype)
 
 # %% ../nbs/00_spectra.ipynb #34427d23
-def _gram(a): # the lower triangle of aᵀa, which is all that `eigh` reads
-    h = a.shape[1]//2
-    g = a.new_zeros(a.shape[1], a.shape[1])
-    g[:h, :h], g[h:, h:], g[h:, :h] = a[:, :h].mT@a[:, :h], a[:, h:].mT@a[:, h:], a[:, h:].mT@a[:, :h]
+def gram_lower(
+    a:Tensor, # (m, n)
+    strips:int=4, # computed in that many strips of rows
+)->Tensor: # (n, n)
+    "The lower triangle of aᵀa, which is all that `eigh` and `cholesky` read; what is above means nothing."
+    n = a.shape[1]
+    g, ends = a.new_zeros(n, n), [n*i//strips for i in range(strips+1)]
+    for i, j in zip(ends, ends[1:]): g[i:j, :j] = a[:, i:j].mT@a[:, :j]
     return g
 
 def gram_error(
@@ -142,22 +147,36 @@ def gram_error(
     off = (10*torch.finfo(torch.float64).eps*(s[0]/s.clamp_min(torch.finfo(s.dtype).tiny)).square()).clamp_max(1)
     return (off*f).norm()/f.norm().clamp_min(torch.finfo(f.dtype).tiny)
 
+def _faint_again(a, v, s, k):
+    "Singular triplets of a, ascending: the k faintest are taken from a V itself, freed of the bright ones, where its columns are exact."
+    b = a@v
+    bright = b[:, k:]/s[k:]
+    u, faint, wh = torch.linalg.svd(b[:, :k]-bright@(bright.mT@b[:, :k]), full_matrices=False)
+    return torch.cat([u.flip(-1), bright], 1), torch.cat([faint.flip(-1), s[k:]]), torch.cat([v[:, :k]@wh.mT.flip(-1), v[:, k:]], 1)
+
 def _map_gram(dw, fn, rank_tol):
-    "One matrix, at least as tall as wide, by its Gram matrix; None where that is not accurate enough."
-    a, eps = dw.double(), torch.finfo(dw.dtype).eps
-    lam, v = torch.linalg.eigh(_gram(a))
-    s = lam.clamp_min(0).sqrt().flip(-1)
-    if not s[0]>0: return torch.zeros_like(dw)
-    null = null_mask(s, max(a.shape), eps, rank_tol)
-    if null.any() and (max(a.shape)*eps if rank_tol is None else rank_tol)<1e-6: return None # a Gram matrix cannot tell these from zero
-    f = fn(s).masked_fill(null, 0.)
-    if not gram_error(s, f)<(1e-11 if dw.dtype==torch.float64 else 5e-6): return None
+    "One matrix, at least as tall as wide, by its Gram matrix; None where too many directions are too faint for it."
+    a, eps, fine = dw.double(), torch.finfo(dw.dtype).eps, dw.dtype==torch.float64
+    tol = 1e-11 if fine else 5e-6
+    lam, v = torch.linalg.eigh(gram_lower(a))                      # ascending; `fn` wants descending
+    s = lam.clamp_min(0).sqrt()
+    if not s[-1]>0: return torch.zeros_like(dw)
+    def lifted():
+        null = null_mask(s.flip(-1), max(a.shape), eps, rank_tol)
+        return null.flip(-1), fn(s.flip(-1)).masked_fill(null, 0.).flip(-1)
+    null, f = lifted()
+    unsure = null.any() and (max(a.shape)*eps if rank_tol is None else rank_tol)<1e-6 # a Gram matrix cannot tell these from zero
+    if unsure or not gram_error(s.flip(-1), f.flip(-1))<tol:
+        k = int((s < (100*torch.finfo(s.dtype).eps/tol)**.5*s[-1]).sum())             # beyond a tenth of the tolerance
+        if not 0<k<=len(s)//2: return None
+        u, s, v = _faint_again(a, v, s, k)
+        f = lifted()[1]
+        return (u*f@v.mT if fine else (u*f).float()@v.mT.float()).to(dw.dtype)
     gain = (f/s).masked_fill(null, 0.)
-    fine = dw.dtype==torch.float64
     if a.shape[0]<2*a.shape[1]:                               # U diag(f) first: float32 is enough for what follows
-        left = (a@v)*gain.flip(-1)
+        left = (a@v)*gain
         return (left@v.mT if fine else left.float()@v.mT.float()).to(dw.dtype)
-    k = (v*gain.flip(-1))@v.mT
+    k = (v*gain)@v.mT
     fine = fine or 6e-8*(s.norm()*gain.norm()/len(s)**.5/f.norm())>2e-6
     return (a@k if fine else dw.float()@k.float()).to(dw.dtype)
 
@@ -168,6 +187,9 @@ def _map_one(dw, fn, rank_tol):
     return out.mT if wide else out
 
 # %% ../nbs/00_spectra.ipynb #baa91576
+try: _trim = ctypes.CDLL('libc.so.6').malloc_trim
+except (OSError, AttributeError): _trim = lambda pad: 0 # another C library keeps less
+
 def spread(
     fn:Callable, # called with the items of one piece of work
     *items:Iterable, # independent pieces of work: one list for each argument of `fn`
@@ -179,7 +201,7 @@ def spread(
     if n<2 or getattr(work[0][0], 'is_cuda', False): return [fn(*w) for w in work]
     try:
         with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as pool: return list(pool.map(lambda w: fn(*w), work))
-    finally: torch.set_num_threads(threads)
+    finally: torch.set_num_threads(threads); _trim(0) # glibc would keep what each worker freed
 
 def map_spectrum(
     dw:Tensor, # (…, out, in)

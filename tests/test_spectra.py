@@ -7,6 +7,7 @@ import torch
 from conftest import gap
 from hypothesis import given, strategies as st
 
+from subspace_nb import spectra
 from subspace_nb.spectra import (as_work, check_share, energy_rank, lift, map_spectrum, map_spectrum_svd, null_mask, numerical_rank,
                                  polar, singular_values, stable_rank, svd)
 
@@ -247,3 +248,31 @@ def test_non_finite_entries_are_refused(dtype, bad, i, j, batched):
 @pytest.mark.parametrize('dtype', DTYPES)
 def test_working_precision(dtype):
     assert as_work(torch.ones(2, dtype=dtype)).dtype==(torch.float64 if dtype==torch.float64 else torch.float32)
+
+def planted(m, n, s, seed, dtype=torch.float64):
+    "A matrix with chosen singular values."
+    rng = torch.Generator().manual_seed(seed)
+    q = lambda k: torch.linalg.qr(torch.randn(k, n, generator=rng, dtype=torch.float64))[0]
+    return ((q(m)*s)@q(n).mT).to(dtype)
+
+@pytest.mark.parametrize('shape', [(96, 96), (240, 96), (96, 240)])
+@pytest.mark.parametrize('faint', [1, 7, 48])
+@pytest.mark.parametrize('floor', [1e-5, 1e-7, 1e-9])
+def test_faint_directions_without_the_plain_svd(shape, faint, floor, monkeypatch):
+    n = min(shape)
+    s = torch.cat([torch.logspace(0, -2, n-faint, dtype=torch.float64), torch.logspace(-4.3, math.log10(floor), faint, dtype=torch.float64)])
+    dw = planted(max(shape), n, s, seed=faint).float()
+    dw = dw if shape[0]>=shape[1] else dw.mT
+    for fn in (torch.ones_like, lambda s: lift(s, .3)):
+        want = spectra.map_spectrum_svd(dw, fn, 0.)
+        with monkeypatch.context() as m:
+            m.setattr(spectra, 'map_spectrum_svd', lambda *a: pytest.fail('not needed here'))
+            got = map_spectrum(dw, fn, 0.)
+        assert (got-want).norm()<1e-5*want.norm()
+
+def test_null_directions_stay_null_beside_faint_ones():
+    s = torch.cat([torch.logspace(0, -3, 60, dtype=torch.float64), torch.full((6,), 3e-5, dtype=torch.float64), torch.zeros(30, dtype=torch.float64)])
+    dw = planted(128, 96, s, seed=3)                          # exact zeros but for the rounding of float64
+    out = map_spectrum(dw, torch.ones_like, 1e-9)
+    assert (singular_values(out)>.5).sum()==66
+    assert (out-spectra.map_spectrum_svd(dw, torch.ones_like, 1e-9)).norm()<1e-6*66**.5
