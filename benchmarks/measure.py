@@ -1,20 +1,8 @@
 """What the benchmarks share: a clock with a memory gauge, and random task vectors of CLIP's shapes"""
 import torch
+from subspace_nb.cost import decay, random_matrix
 from subspace_nb.score import timed
 from subspace_nb.tasks import TaskVector
-
-
-def decay(n, kind):
-    "Scales of a spectrum: a power law as of merged task vectors, or evenly spread in logarithm down to 1e-6."
-    i = torch.arange(1, n+1, dtype=torch.float64)
-    return {'power': i**-.7, 'ill': torch.logspace(0, -6, n, dtype=torch.float64)}[kind].float()
-
-
-def random_matrix(shape, turn, kind, rng):
-    "Gaussian rows, scaled along the smaller side and turned there."
-    n = min(shape)
-    tall = torch.randn(max(shape), n, generator=rng)*decay(n, kind)@turn
-    return (tall if shape[0]>=shape[1] else tall.mT).contiguous()*1e-3
 
 
 def task_vector_of(blocks, width, seed):
