@@ -4,7 +4,7 @@ WORKERS ?= 2
 BIN     := .venv/bin
 STAMP   := .venv/.installed
 
-.PHONY: help run test check lab play pool bench vision export clean-nbs save readme
+.PHONY: help run docs test check lab play pool bench vision export clean-nbs save readme
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -15,6 +15,9 @@ $(STAMP): settings.ini setup.py pyproject.toml
 
 run: $(STAMP) ## execute the book and print its pages to _book/
 	$(BIN)/python -m subspace_nb.book run
+
+docs: $(STAMP) ## the book as a static site in _docs/, from the outputs kept in its notebooks
+	$(BIN)/python -m subspace_nb.site
 
 # one thread for each of the notebooks tested side by side: torch processes that share cores slow each other down
 test: $(STAMP) ## execute every notebook's assertions, then tests/
@@ -33,8 +36,8 @@ play: $(STAMP) ## the playground alone, in a browser, on loopback
 pool: $(STAMP) ## make the embedded experts again
 	$(BIN)/python -m subspace_nb.zoo_build
 
-bench: $(STAMP) ## time and measure memory: boosting, TSV-M and isotropic merging, ESM, HO-GSVD
-	for part in boost rivals esm hogsvd; do $(BIN)/python benchmarks/$$part.py || exit 1; done
+bench: $(STAMP) ## time and measure memory: boosting, TSV-M and isotropic merging, ESM, HO-GSVD, every method beside plain SVDs and, where installed, mergekit and fusion-bench
+	for part in boost rivals esm hogsvd cost elsewhere; do $(BIN)/python benchmarks/$$part.py || exit 1; done
 
 vision: $(STAMP) ## what is missing of the table of all methods; resumes
 	$(BIN)/python -m subspace_nb.vision
