@@ -6,8 +6,8 @@
 __all__ = ['dtype_names', 'layouts', 'weight_files', 'clip_models', 'tall_masks_tasks', 'fusion_bench_tasks', 'families',
            't5_base', 't5_tasks', 'Entry', 'read_header', 'read_entry', 'read_pickle', 'Layout', 'unit_shape',
            'recognise', 'find_weights', 'read_index', 'Checkpoint', 'join_qkv', 'split_qkv', 'to_open_clip',
-           'from_open_clip', 'Adapter', 'boost_factors', 'merge_adapters', 'save_adapter', 'hub_ids', 'fetch',
-           'commit_of', 'image_tower', 'HubExpert', 'pool_from_hub', 'zero_shot_head']
+           'from_open_clip', 'Adapter', 'boost_factors', 'sum_factors', 'merge_adapters', 'save_adapter', 'hub_ids',
+           'fetch', 'commit_of', 'image_tower', 'HubExpert', 'pool_from_hub', 'zero_shot_head']
 
 # %% ../nbs/32_checkpoints.ipynb #1eb4cd0c
 import json, mmap, os, pickle, re, zipfile
@@ -536,6 +536,16 @@ def boost_factors(
     root = s.sqrt()
     return ((qb@u)*root).to(dtype), (root[:, None]*(vh@qa.mT)).to(dtype)
 
+def sum_factors(
+    pairs:Iterable, # N pairs of factors B (out, r), A (r, in)
+    weights:Iterable, # N numbers
+    beta:float|None=None, # boost with this threshold; None: do not
+)->tuple[Tensor, Tensor]: # (out, ≤ Nr), (≤ Nr, in)
+    "The weighted sum of products, boosted or not, as one product."
+    b, a = zip(*((w*b, a) for w, (b, a) in zip(weights, pairs)))
+    b, a = torch.cat(b, 1), torch.cat(a)
+    return (b, a) if beta is None else boost_factors(b, a, beta)
+
 def merge_adapters(
     adapters:list, # `Adapter`s of one base
     weights:list|None=None, # one for each; None: 1, as in task arithmetic
@@ -547,12 +557,9 @@ def merge_adapters(
     if len(weights)!=len(adapters): raise ValueError(f"weights must hold one number for each of {len(adapters)} adapters, not {len(weights)}")
     if whole := [f'{x.path}: {k}' for x in adapters for k in x.full]:
         raise ValueError(f"adapters store whole tensors, which have no factors; merge them through task_vector: {', '.join(whole)}")
-    out = {}
-    for k in dict.fromkeys(k for x in adapters for k in x):
-        pairs = [(w*b, a) for w, (b, a) in ((w, x[k]) for w, x in zip(weights, adapters) if k in x)]
-        b, a = torch.cat([p[0] for p in pairs], 1), torch.cat([p[1] for p in pairs])
-        out[k] = (b, a) if beta is None else boost_factors(b, a, beta)
-    return out
+    of = lambda k: zip(*((w, x[k]) for w, x in zip(weights, adapters) if k in x))
+    def merged(k): ws, pairs = of(k); return sum_factors(pairs, ws, beta)
+    return {k: merged(k) for k in dict.fromkeys(k for x in adapters for k in x)}
 
 def save_adapter(
     factors:Mapping, # parameter name -> B, A, as `merge_adapters` gives them
@@ -608,13 +615,16 @@ def fetch(
     file:str|None=None, # one file; None: weights and configuration
     revision:str|None=None, # commit, tag or branch; None: the repository's main branch
     cache_dir:str|Path|None=None, # None: the usual one
+    kind:str='model', # "model" | "dataset"
+    patterns:list|None=None, # of a data set: files; None: all
 )->Path: # folder or file in the cache
-    "Files of a repository, downloaded or from the cache; safetensors where there are any."
+    "Files of a repository, downloaded or from the cache; of a model, safetensors where there are any."
     import huggingface_hub as hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     options = dict(revision=revision, cache_dir=cache_dir)
     try:
         if file: return Path(hub.hf_hub_download(repo, file, **options))
+        if kind=='dataset': return Path(hub.snapshot_download(repo, repo_type='dataset', allow_patterns=patterns, **options))
         root = Path(hub.snapshot_download(repo, allow_patterns=['*.json', '*.safetensors', '*.txt'], **options))
         if any(root.glob('*.safetensors')): return root
         return Path(hub.snapshot_download(repo, allow_patterns=['*.json', '*.txt', 'pytorch_model*.bin'], **options))

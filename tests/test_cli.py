@@ -90,19 +90,56 @@ models:
 def test_mergekit_files(models, tmp_path, capsys, method, more, alpha):
     (tmp_path/'k.yml').write_text(KIT.format(method=method, more=more))
     assert call(capsys, 'merge', '--config', 'k.yml', '--out', 'out', '--quiet')[0]==0
-    assert merged('out', task_arithmetic([task_vector(models['base'], models[n]) for n in ('one', 'two')]).apply(models['base'], alpha))
+    want = task_arithmetic([task_vector(models['base'], models[n]) for n in ('one', 'two')]).apply(models['base'], alpha)
+    if 'normalize' not in more: assert merged('out', want)
+    for k, v in Checkpoint('out').items(): torch.testing.assert_close(v, want[k])
 
-def test_mergekit_linear_is_the_mean(models, tmp_path, capsys):
-    (tmp_path/'k.yml').write_text(KIT.format(method='linear', more=''))
+def test_mergekit_linear_is_the_weighted_mean_of_all_models(models, tmp_path, capsys):
+    (tmp_path/'k.yml').write_text(KIT.format(method='linear', more='parameters: {weight: 1.0}'))
     assert call(capsys, 'merge', '--config', 'k.yml', '--out', 'out', '--quiet')[0]==0
-    for k, v in Checkpoint('out').items(): torch.testing.assert_close(v, (models['one'][k]+models['two'][k])/2)
+    for k, v in Checkpoint('out').items(): torch.testing.assert_close(v, (models['base'][k]+.5*models['one'][k]+.5*models['two'][k])/2)
+    (tmp_path/'k.yml').write_text('merge_method: linear\nmodels: [{model: one}, {model: three}]\nparameters: {weight: 0.7}')           # no base is named
+    assert call(capsys, 'merge', '--config', 'k.yml', '--out', 'out', '--quiet', '--overwrite')[0]==0
+    for k, v in Checkpoint('out').items(): torch.testing.assert_close(v, (models['one'][k]+models['three'][k])/2)
+
+def test_mergekit_types(models, tmp_path, capsys):
+    (tmp_path/'base'/'config.json').write_text('{"torch_dtype": "float32"}')
+    (tmp_path/'k.yml').write_text(KIT.format(method='ties', more='parameters: {density: 0.5}\ndtype: bfloat16'))
+    assert call(capsys, 'merge', '--config', 'k.yml', '--out', 'out', '--quiet')[0]==0
+    assert set(Checkpoint('out').dtypes.values())=={torch.bfloat16} and json.loads((tmp_path/'out'/'config.json').read_text())=={'torch_dtype': 'bfloat16'}
+    (tmp_path/'k.yml').write_text(KIT.format(method='ties', more='parameters: {density: 0.5}\ndtype: float32\nout_dtype: float16'))
+    assert call(capsys, 'merge', '--config', 'k.yml', '--out', 'out', '--quiet', '--overwrite')[0]==0
+    assert set(Checkpoint('out').dtypes.values())=={torch.float16}
+
+def test_mergekit_dare(models, tmp_path, capsys):
+    text = KIT.format(method='METHOD', more='parameters: {density: DENSITY, rescale: RESCALE}')
+    def run(method, density, rescale='false'):
+        (tmp_path/'k.yml').write_text(text.replace('METHOD', method).replace('DENSITY', str(density)).replace('RESCALE', rescale))
+        code, _, err = call(capsys, 'merge', '--config', 'k.yml', '--out', 'out', '--quiet', '--overwrite')
+        assert code==0, err
+        return dict(Checkpoint('out'))
+    taus = [task_vector(models['base'], models[n]) for n in ('one', 'two')]
+    want = task_arithmetic(taus).apply(models['base'], .5)
+    for k, v in run('dare_linear', 1.).items(): torch.testing.assert_close(v, want[k])                    # nothing is dropped
+    half, again = run('dare_linear', .5), run('dare_linear', .5)
+    k = 'blocks.1.attn.qkv.weight'
+    x, parts = (half[k]-models['base'][k])/.5, [torch.zeros_like(taus[0][k]), taus[0][k], taus[1][k], taus[0][k]+taus[1][k]]
+    which = torch.stack([(x-p).abs()<1e-5 for p in parts])
+    assert which.any(0).all() and (which.float().mean((1, 2))-.25).abs().max()<.1 and torch.equal(half[k], again[k])   # each expert's entries stay with probability 1/2
+    (tmp_path/'one.yml').write_text('merge_method: dare_linear\nbase_model: base\nmodels: [{model: one, parameters: {weight: 1}}]\nparameters: {density: 0.3}')
+    assert call(capsys, 'merge', '--config', 'one.yml', '--out', 'one-out', '--quiet')[0]==0
+    for k, v in Checkpoint('one-out').items(): assert abs((v-models['base'][k]).abs().sum()/taus[0][k].abs().sum()-1)<1e-4 or not (v-models['base'][k]).any()   # rescaled to the L1 norm
 
 @pytest.mark.parametrize('text, why', [
-    ('', 'must hold keys'), ('- 1', 'must hold keys'), ('a: [', 'not YAML'), ('a: 1\nb: 2', 'a, b'), ('experts: 3', 'list of paths'), (KIT.format(method='ties', more=''), 'merge_method ties does not mean the same'),
-    (KIT.format(method='dare_linear', more=''), 'dare_linear'), (KIT.format(method='task_arithmetic', more='dtype: bfloat16'), 'dtype bfloat16'), (KIT.format(method='task_arithmetic', more='tokenizer_source: union'), 'tokenizer_source'),
-    (KIT.format(method='task_arithmetic', more='parameters: {t: 0.5}'), 'not known: t'), (KIT.format(method='linear', more='parameters: {normalize: false}'), 'without normalize'), ('merge_method: task_arithmetic\nmodels: []', 'base_model'),
-    ('merge_method: task_arithmetic\nbase_model: base', 'models must be'), (KIT.format(method='task_arithmetic', more='parameters: {lambda: x}'), 'must be numbers'), (KIT.format(method='task_arithmetic', more='slices: []'), 'slices'),
-    ('merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: one, parameters: {weight: [1, 2]}}]', 'one number'), ('workers: 0\nbase: base\nexpert: one\nout: x', 'workers'), ('base: base\nexpert: one\nout: x\nalpha: high', 'alpha')])
+    ('', 'must hold keys'), ('- 1', 'must hold keys'), ('a: [', 'not YAML'), ('a: 1\nb: 2', 'a, b'), ('experts: 3', 'list of paths'), (KIT.format(method='slerp', more=''), 'merge_method slerp is not known'),
+    (KIT.format(method='della', more=''), 'della'), (KIT.format(method='task_arithmetic', more='dtype: int8'), 'dtype must be'), (KIT.format(method='task_arithmetic', more='tokenizer_source: union'), 'tokenizer_source'),
+    (KIT.format(method='task_arithmetic', more='parameters: {t: 0.5}'), 'not known: t'), (KIT.format(method='linear', more='parameters: {normalize: false}'), 'normalize: false'), ('merge_method: task_arithmetic\nmodels: [{model: one}]', 'base_model'),
+    (KIT.format(method='linear', more=''), 'weight is missing for the base'), ('merge_method: ties\nbase_model: base\nmodels: [{model: one}]', 'weight is missing'),
+    ('merge_method: ties\nbase_model: base\nmodels: [{model: one, parameters: {weight: {filter: mlp, value: 1}}}]', 'no filter fits'), ('merge_method: ties\nbase_model: base\nmodels: [{model: one, parameters: {weight: {filter: mlp}}}]', 'conditions need'),
+    (KIT.format(method='ties', more='chat_template: auto'), 'chat_template'), (KIT.format(method='ties', more='parameters: {normalize: 2}'), 'normalize must be true or false'), (KIT.format(method='model_stock', more=''), 'model_stock takes no parameters'),
+    ('merge_method: ties\nbase_model: base\nmodels: [{model: one, weight: 2}]', 'keys of a model'),
+    ('merge_method: task_arithmetic\nbase_model: base', 'models must be'), (KIT.format(method='task_arithmetic', more='parameters: {lambda: x}'), 'lambda must be a number'), (KIT.format(method='task_arithmetic', more='slices: []'), 'slices'),
+    ('merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: one, parameters: {weight: [1, 2]}}]', 'gradient over layers'), ('workers: 0\nbase: base\nexpert: one\nout: x', 'workers'), ('base: base\nexpert: one\nout: x\nalpha: high', 'alpha')])
 def test_files_refused(models, tmp_path, capsys, text, why):
     (tmp_path/'c.yml').write_text(text)
     code, out, err = call(capsys, 'merge', '--config', 'c.yml', '--out', 'out', '--quiet')
@@ -180,3 +217,17 @@ def test_interrupt(models, capsys, monkeypatch):
         code, out, err = call(capsys, 'merge', *EXPERTS, '--out', 'out')
     assert code==130 and 'interrupted' in err and partial_folder('out').exists()
     assert call(capsys, 'merge', *EXPERTS, '--out', 'out')[0]==0 and not partial_folder('out').exists()
+
+def test_esm_reads_what_enters_the_layers(models, tmp_path, capsys):
+    for i in range(3): save_file({f'blocks.{l}.mlp.fc1.weight': torch.randn(9, 8, generator=torch.Generator().manual_seed(i)) for l in range(2)}, tmp_path/f'in{i}.safetensors')
+    flags = [w for i in range(3) for w in ('--inputs', f'in{i}.safetensors')]
+    code, out, err = call(capsys, 'merge', *EXPERTS, '--out', 'out', '--method', 'esm', '--variant', 'cvpr', *flags, '--json')
+    assert code==0 and not err
+    report = json.loads(out)['report']
+    assert report['options']=={'variant': 'cvpr'} and [x['name'] for x in report['inputs']]==['in0.safetensors', 'in1.safetensors', 'in2.safetensors']
+    code, _, err = call(capsys, 'merge', *EXPERTS, '--out', 'other', '--method', 'esm')
+    assert code==1 and 'one file for each of 3' in err and not (tmp_path/'other').exists()
+
+def test_type_of_the_result(models, tmp_path, capsys):
+    assert call(capsys, 'merge', *EXPERTS, '--out', 'out', '--dtype', 'bfloat16')[0]==0
+    assert set(Checkpoint('out').dtypes.values())=={torch.bfloat16}

@@ -38,7 +38,7 @@ def test_shipped_files(pool):
     on_disk = {str(p.relative_to(zoo)).replace(os.sep, '/') for p in zoo.rglob('*') if p.is_file()}-{'index.json'}
     assert set(index['files'])|{'LICENSES.md'}==on_disk|{'LICENSES.md'}
     assert sum(p.stat().st_size for p in zoo.rglob('*') if p.is_file())<128e6
-    assert {p.suffix for p in zoo.rglob('*') if p.is_file()}<={'.json', '.safetensors', '.png', '.md'}
+    assert {p.suffix for p in zoo.rglob('*') if p.is_file()}<={'.json', '.safetensors', '.png', '.md', '.xz'}
     for name in index['files']: pool.zoo.file(name)
 
 

@@ -213,6 +213,17 @@ def test_families(name, tmp_path):
     order = next(ks for k, ks in units.items() if k.endswith('in_proj_weight'))
     assert [re.search(r'(q|k|v)\w*\.weight$', k)[1] for k in order]==['q', 'k', 'v']
 
+@pytest.mark.parametrize('name, layers, act', [('ViT-B-32-quickgelu', 12, 'quick_gelu'), ('ViT-B-16-quickgelu', 12, 'quick_gelu'), ('ViT-L-14-quickgelu', 24, 'quick_gelu'), ('ViT-B-32', 12, 'gelu')])
+def test_open_clips_own_models(name, layers, act, tmp_path):
+    config = open_clip.get_model_config(name)
+    with torch.device('meta'): names = open_clip.CLIP(**config).state_dict()
+    layout = recognise(names)
+    assert layout.name=='open_clip' and layout.towers(names)=={'visual.transformer.resblocks': layers, 'transformer.resblocks': 12}
+    assert sum(map(layout.feeds_esm, layout.units({k: v.shape for k, v in names.items()})))==3*(layers+12)
+    save_file({'logit_scale': torch.ones(())}, tmp_path/'open_clip_model.safetensors')
+    (tmp_path/'open_clip_config.json').write_text(json.dumps(dict(model_cfg=config)))
+    assert Checkpoint(tmp_path).activation==act
+
 def test_incomplete_or_unequal_projections_stay_apart():
     clip = next(l for l in layouts if l.name=='transformers CLIP')
     names = {f'a.self_attn.{r}_proj.weight': (8, 8) for r in 'qkv'}

@@ -8,8 +8,10 @@ from hypothesis import given, strategies as st
 from safetensors.torch import save_file
 
 from subspace_nb.boost import subspace_boosting
-from subspace_nb.hub import Adapter, Checkpoint, join_qkv, split_qkv
+from subspace_nb.esm import apply_esm, esd_keys, esm
+from subspace_nb.hub import Adapter, Checkpoint, join_qkv, merge_adapters, split_qkv
 from subspace_nb.merge import lines
+from subspace_nb.rivals import regmean
 from subspace_nb.stream import Journal, advance, digits, merge_files, method_options, methods, next_digit, partial_folder
 from subspace_nb.tasks import TaskVector, task_vector
 
@@ -64,7 +66,7 @@ def same(out, want):
     bad = [k for k in want if got[k].dtype!=want[k].dtype or got[k].shape!=want[k].shape or not torch.equal(got[k], want[k])]
     assert not bad, bad
 
-CASES = [(m, {}) for m in methods]+[('ties', dict(keep=.37, alpha=.4)), ('dare', dict(drop=.9, seed=11)), ('consensus', dict(lam=.3, agree=3)), ('breadcrumbs', dict(density=.4, gamma=.1)),
+CASES = [(m, {}) for m in methods if not methods[m].inputs]+[('by_mergekit', dict(weight=[.3, [['fc1', .9], [None, .4]], 1.], density=[.5, .2, 1.], trim='magnitude', consensus=True, normalize=True)), ('by_mergekit', dict(trim='random', density=[.5]*3, rescale=True, seed=4))]+[('ties', dict(keep=.37, alpha=.4)), ('dare', dict(drop=.9, seed=11)), ('consensus', dict(lam=.3, agree=3)), ('breadcrumbs', dict(density=.4, gamma=.1)),
     ('iso_cts', dict(common=.6)), ('task_arithmetic', dict(beta=0., alpha=.3)), ('ties', dict(beta=.05, slope=.4)), ('dare', dict(slope=.3)), ('tsv_m', dict(slope=.3, beta=.1)), ('consensus', dict(slope=.2, start=.1)),
     ('task_arithmetic', dict(beta=0., attention='full_attn')), ('task_arithmetic', dict(beta=.1, attention='per_head', head_width=4)), ('higher_order_boosting', dict(beta=.1, pi=.1, scale='kempf'))]
 
@@ -160,7 +162,7 @@ def test_what_does_not_fit(models, tmp_path):
     (dict(method='magic'), ValueError, 'method must be one of'), (dict(keep=.2), ValueError, 'has no option keep'), (dict(method='ties', keep=2), ValueError, 'keep'), (dict(method='dare', drop=1), ValueError, 'drop'),
     (dict(method='dare', seed=-1), ValueError, 'seed'), (dict(method='consensus', agree=9), ValueError, 'agree'), (dict(method='iso_cts', common=2), ValueError, 'common'), (dict(alpha=float('nan')), ValueError, 'alpha'),
     (dict(alpha='x'), TypeError, 'alpha'), (dict(alpha=None), TypeError, 'alpha'), (dict(beta=-1), ValueError, 'beta'), (dict(attention_beta=3), ValueError, 'attention_beta'), (dict(attention='half'), ValueError, 'attention'),
-    (dict(slope=float('inf')), ValueError, 'slope'), (dict(head_width=0), ValueError, 'head_width'), (dict(experts=[]), ValueError, 'experts is empty'), (dict(method='consensus', n=1), ValueError, 'at least 2'),
+    (dict(slope=float('inf')), ValueError, 'slope'), (dict(dtype='int8'), ValueError, 'dtype'), (dict(dtype='big'), ValueError, 'dtype'), (dict(method='by_mergekit', weight=[1.]), ValueError, 'weight must hold'), (dict(head_width=0), ValueError, 'head_width'), (dict(experts=[]), ValueError, 'experts is empty'), (dict(method='consensus', n=1), ValueError, 'at least 2'),
     (dict(experts=['nothing']), FileNotFoundError, 'nothing'), (dict(out='base'), ValueError, 'replace an input'), (dict(out='.'), ValueError, 'replace an input'), (dict(skip='.'), ValueError, 'no floating')])
 def test_refused_before_any_work(models, tmp_path, change, error, why):
     base, experts = models
@@ -196,7 +198,96 @@ def test_tied_tensors_stored_once_and_twice(tmp_path):
     out = loaded(merge_files(full, [once, twice], tmp_path/'out3', device='cpu'))
     assert torch.equal(out['lm_head.weight'], out['shared.weight'])
 
+# layers with their inputs
+
+def entering(tmp_path, n, names, rows=12):
+    rng, width = torch.Generator().manual_seed(5), {'mlp.fc1.weight': 8, 'mlp.fc2.weight': 20, 'self_attn.in_proj_weight': 8}
+    states = [{f'layers.{l}.{k}': torch.randn(rows, width[k], generator=rng) for l in range(3) for k in names} for _ in range(n)]
+    for i, s in enumerate(states): save_file(s, tmp_path/f'in{i}.safetensors')
+    return [tmp_path/f'in{i}.safetensors' for i in range(n)], states
+
+@pytest.mark.parametrize('variant', ['released', 'cvpr', 'esd', 'svd'])
+def test_esm_from_files(models, tmp_path, variant):
+    base, experts = models
+    files, states = entering(tmp_path, 3, ('mlp.fc1.weight', 'mlp.fc2.weight', 'self_attn.in_proj_weight'))
+    state = {k: v for k, v in loaded(base).items() if v.is_floating_point()}
+    taus = [TaskVector(join_qkv(task_vector(loaded(base), loaded(e)), LAYOUT)) for e in experts]
+    want = split_qkv(apply_esm(esm(taus, states, variant, device='cpu'), join_qkv(state, LAYOUT), .7, esd_keys(taus, states)), state, LAYOUT)
+    out = loaded(merge_files(base, experts, tmp_path/'out', 'esm', .7, inputs=files, variant=variant, device='cpu'))
+    for k, v in want.items(): torch.testing.assert_close(out[k], v, rtol=2e-6, atol=2e-6)
+    assert json.loads((tmp_path/'out'/'subspace_nb.json').read_text())['inputs'][0]['name']=='in0.safetensors'
+
+def test_regmean_from_files(models, tmp_path):
+    base, experts = models
+    files, states = entering(tmp_path, 3, ('mlp.fc1.weight', 'self_attn.in_proj_weight'))
+    state = {k: v for k, v in loaded(base).items() if v.is_floating_point()}
+    taus = [TaskVector(join_qkv(task_vector(loaded(base), loaded(e)), LAYOUT)) for e in experts]
+    want = split_qkv(regmean(taus, states, device='cpu').apply(join_qkv(state, LAYOUT)), state, LAYOUT) | {k: v for k, v in loaded(base).items() if k not in state}
+    same(merge_files(base, experts, tmp_path/'out', 'regmean', inputs=files, device='cpu'), want)
+
+def test_inputs_refused(models, tmp_path):
+    base, experts = models
+    files, states = entering(tmp_path, 3, ('mlp.fc1.weight', 'mlp.fc2.weight'))
+    save_file({'layers.0.self_attn.q_proj.weight': torch.ones(3, 8)}, tmp_path/'apart.safetensors'); save_file({k: v[:, 1:].contiguous() for k, v in states[0].items()}, tmp_path/'narrow.safetensors')
+    save_file({k: v for k, v in states[0].items() if 'fc1' in k}, tmp_path/'few.safetensors')
+    for method, inputs, why, more in (('esm', files[:2], 'one file for each of 3', {}), ('ties', files, 'ties does not use', {}), ('esm', (), 'needs what enters', {}), ('regmean', [tmp_path/'apart.safetensors', *files[1:]], 'go by their joined name', {}),
+            ('esm', [tmp_path/'narrow.safetensors', *files[1:]], r'not \(n, ', {}), ('esm', [tmp_path/'few.safetensors', *files[1:]], 'missing in few', {}), ('esm', files, 'do not go with esm', dict(beta=0.)), ('esm', files, 'variant', dict(variant='best'))):
+        with pytest.raises(ValueError, match=why): merge_files(base, experts, tmp_path/'out', method, inputs=inputs, device='cpu', **more)
+    assert not (tmp_path/'out').exists() and not partial_folder(tmp_path/'out').exists()
+
+# adapters in their factors
+
+@pytest.mark.parametrize('method, options', [('task_arithmetic', {}), ('average', dict(alpha=2.)), ('task_arithmetic', dict(beta=0., alpha=.5)), ('average', dict(beta=.2))])
+def test_adapters_alone_are_merged_in_their_factors(models, tmp_path, monkeypatch, method, options):
+    base, _ = models
+    state, n, alpha = loaded(base), 3, options.get('alpha', 1.)
+    xs = [Adapter(adapter(tmp_path/f'a{i}', i, state)) for i in range(n)]
+    factors = merge_adapters(xs, [1/n if method=='average' else 1.]*n, options.get('beta'))
+    want = {k: (v+alpha*(factors[k][0]@factors[k][1]) if k in factors else v) for k, v in state.items()}
+    monkeypatch.setattr(Adapter, 'delta', lambda self, name, base=None: pytest.fail(f'{name} was formed') if name in self else None)     # no expert's own product is needed
+    same(merge_files(base, [x.path for x in xs], tmp_path/'out', method, device='cpu', **options), want)
+
+def test_dense_and_factored_boosting_agree(models, tmp_path):
+    base, _ = models
+    state = loaded(base)
+    paths = [adapter(tmp_path/f'a{i}', i, state) for i in range(2)]
+    def exact(a, k, v): return v.double()+(a[k][0].double()@a[k][1].double() if k in a else 0) if v.is_floating_point() else v     # in float64: float32's noise would fill the null directions
+    full = [folder(tmp_path/f'f{i}', {k: exact(Adapter(p), k, v) for k, v in state.items()}) for i, p in enumerate(paths)]
+    a, b = (loaded(merge_files(base, e, tmp_path/o, beta=0., device='cpu')) for e, o in ((paths, 'thin'), (full, 'full')))
+    for k in a: torch.testing.assert_close(a[k].double(), b[k].double(), rtol=1e-3, atol=1e-3)
+
+# types of the result
+
+@pytest.mark.parametrize('method, options', [('task_arithmetic', {}), ('ties', dict(slope=.3)), ('tsv_m', {})])
+@pytest.mark.parametrize('kind', ['bfloat16', 'float64'])
+def test_type_of_the_result(models, tmp_path, kind, method, options):
+    base, experts = models
+    (base/'config.json').write_text('{"dtype": "float32", "hidden_act": "gelu"}')
+    got = loaded(merge_files(base, experts, tmp_path/'out', method, device='cpu', dtype=kind, **options))
+    state = {k: v.double() if kind=='float64' and v.is_floating_point() else v for k, v in loaded(base).items()}
+    want = reference(folder(tmp_path/'wide', state, 3), experts, method, **options)
+    for k, v in got.items(): torch.testing.assert_close(v, want[k].to(getattr(torch, kind)) if v.is_floating_point() else want[k], rtol=1e-12 if kind=='float64' else 0, atol=1e-14)   # the norms' order of summation
+    assert json.loads((tmp_path/'out'/'config.json').read_text())['dtype']==kind
+
 # accidents
+
+@pytest.mark.parametrize('accident, error', {'a corrupted shard': 'is damaged: its header is not JSON', 'a truncated file': 'is damaged: it is truncated', 'a shard that is missing': 'shards are missing',
+                                             'a malicious pickle': 'more than plain weights', 'a path that leaves the folder': 'leaves the folder'}.items(), ids=lambda x: x.replace(' ', '-') if x.startswith('a ') else '')
+def test_damaged_or_hostile_experts(models, tmp_path, accident, error):
+    base, experts = models
+    shutil.copytree(base, bad := tmp_path/'bad')
+    index, shard = bad/'model.safetensors.index.json', bad/'model-00001-of-00003.safetensors'
+    if accident=='a corrupted shard': shard.write_bytes(shard.read_bytes()[:8]+b'#'+shard.read_bytes()[9:])
+    if accident=='a truncated file': os.truncate(shard, shard.stat().st_size-1)
+    if accident=='a shard that is missing': shard.unlink()
+    if accident=='a path that leaves the folder': index.write_text(index.read_text().replace(shard.name, '../base/'+shard.name))
+    if accident=='a malicious pickle':
+        class Boom:
+            def __reduce__(self): return os.mkdir, (str(tmp_path/'owned'),)
+        shutil.rmtree(bad); torch.save({'w': Boom()}, bad := tmp_path/'bad.pt')
+    before = sorted(tmp_path.rglob('*'))
+    with pytest.raises((ValueError, FileNotFoundError), match=error): merge_files(base, [experts[0], bad], tmp_path/'out', device='cpu')
+    assert sorted(tmp_path.rglob('*'))==before                                       # nothing was made, nothing was run
 
 def test_overwrite_and_existing_output(models, tmp_path):
     base, experts = models
@@ -307,35 +398,6 @@ def test_a_killed_process_resumes(models, tmp_path):
     assert r.returncode==-signal.SIGKILL and not (tmp_path/'out').exists()
     assert len(Journal(partial_folder(tmp_path/'out')).done)==12
     same(merge_files(base, experts, tmp_path/'out', 'tsv_m', device='cpu'), reference(base, experts, 'tsv_m'))
-
-def test_a_worker_killed_then_resumed(models, tmp_path):
-    base, experts = models
-    from concurrent.futures.process import BrokenProcessPool
-    with ProcessPoolExecutor(1, mp_context=get_context('spawn'), initializer=torch.set_num_threads, initargs=(1,)) as executor:
-        pid = executor.submit(os.getpid).result()
-        class Proxy(ThreadPoolExecutor):
-            n = 0
-            def submit(self, fn, *args):
-                self.n += 1
-                if self.n==10: os.kill(pid, signal.SIGKILL)
-                return executor.submit(fn, *args)
-        with Proxy(1) as proxy, pytest.raises(BrokenProcessPool): merge_files(base, experts, tmp_path/'out', device='cpu', executor=proxy)
-    same(merge_files(base, experts, tmp_path/'out', device='cpu'), reference(base, experts, 'task_arithmetic'))
-
-def test_dask_with_a_worker_killed(models, tmp_path):
-    distributed = pytest.importorskip('distributed', reason='dask.distributed is not installed')
-    base, experts = models
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster, distributed.Client(cluster) as client:
-        client.run(torch.set_num_threads, 1)
-        pids, inner = list(client.run(os.getpid).values()), client.get_executor()
-        class Killing(ThreadPoolExecutor):
-            n = 0
-            def submit(self, fn, *args):
-                self.n += 1
-                if self.n==12: os.kill(pids[0], signal.SIGKILL)
-                return inner.submit(fn, *args)
-        with Killing(1) as executor: merge_files(base, experts, tmp_path/'out', 'tsv_m', device='cpu', executor=executor)
-    same(tmp_path/'out', reference(base, experts, 'tsv_m'))
 
 def test_memory_is_bounded(tmp_path):
     "A base and three experts of 40 MiB each, merged by a process that may take the largest matrix three times and 160 MiB: too little for merging in memory."
