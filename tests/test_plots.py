@@ -78,6 +78,61 @@ def test_every_method_has_a_look_of_its_own():
             if a!=b and abs(grey[a]-grey[b])<.15: assert method_style(a)['marker']!=method_style(b)['marker']
 
 
+# Colour vision, simulated in linear RGB (Machado, Oliveira and Fernandes 2009, severity 1)
+VISION = {'normal': np.eye(3),
+          'protanopia': [[.152286, 1.052583, -.204868], [.114503, .786281, .099216], [-.003882, -.048116, 1.051998]],
+          'deuteranopia': [[.367322, .860646, -.227968], [.280085, .672501, .047413], [-.011820, .042940, .968881]],
+          'tritanopia': [[1.255528, -.076749, -.178779], [-.078411, .930809, .147602], [.004733, .691367, .303900]]}
+
+def lab(color, vision='normal'): # CIELAB, D65; 'grey' keeps the luminance alone
+    c = np.array(to_rgb(color)); c = np.where(c<=.04045, c/12.92, ((c+.055)/1.055)**2.4)
+    c = np.full(3, c@[.2126, .7152, .0722]) if vision=='grey' else (np.array(VISION[vision])@c).clip(0, 1)
+    x, y, z = np.array([[.4124, .3576, .1805], [.2126, .7152, .0722], [.0193, .1192, .9505]])@c/[.9505, 1, 1.089]
+    f = lambda t: np.cbrt(t) if t>.008856 else 7.787*t+16/116
+    return np.array([116*f(y)-16, 500*(f(x)-f(y)), 200*(f(y)-f(z))])
+
+def apart(a, b, vision='normal'): return np.linalg.norm(lab(a, vision)-lab(b, vision)) # 2.3 is just noticeable
+
+def test_simulated_vision_is_what_it_says():
+    assert apart('#ff0000', '#008000', 'deuteranopia') < .5*apart('#ff0000', '#008000')     # the pair that this palette avoids
+    for v in VISION: assert np.allclose(lab('white', v), [100, 0, 0], atol=.5) and apart('black', 'white', v)>99
+    assert np.allclose(lab('#0072B2', 'grey')[1:], 0, atol=.1)
+
+
+@pytest.mark.parametrize('vision', VISION)
+def test_palette_stays_apart_for_every_kind_of_colour_vision(vision):
+    from itertools import combinations
+    close = {(a, b): apart(plots.okabe_ito[a], plots.okabe_ito[b], vision) for a, b in combinations(plots.okabe_ito, 2)}
+    assert min(close.values())>9, min(close, key=close.get)
+
+
+def test_methods_that_look_alike_in_some_vision_differ_in_shape():
+    from itertools import combinations
+    for a, b in combinations(method_styles, 2):
+        s, t = method_style(a), method_style(b)
+        if any(apart(s['color'], t['color'], v)<25 for v in (*VISION, 'grey')): assert s['marker']!=t['marker'], (a, b)
+        for extra in (' + boosting', ' + LiNeS'): assert method_style(a+extra)['marker']==s['marker']
+
+
+def test_lines_without_names_differ_in_grey_by_lightness_or_by_shape():
+    from itertools import combinations
+    for n in range(2, 8):
+        for s, t in combinations(line_styles(n), 2): assert s['marker']!=t['marker'] and (s['linestyle']!=t['linestyle'] or apart(s['color'], t['color'], 'grey')>5)
+        shades = [lab(s['color'][:3], 'grey')[0] for s in line_styles(n, True)]
+        assert (np.diff(shades)<-8).all()            # light to dark, each step to be seen
+
+
+def test_heat_maps_keep_their_order_in_grey():
+    for name in ('cividis', 'viridis_r'):
+        light = [lab(c[:3], 'grey')[0] for c in plt.get_cmap(name)(np.linspace(0, 1, 32))]
+        assert (np.diff(light)>0).all() or (np.diff(light)<0).all()
+
+
+def test_bars_of_one_group_differ_in_hatch():
+    ax = bars([[1.]*7], ['a'], list('bcdefgh'))
+    assert len({p.get_hatch() for p in ax.patches})==7
+
+
 @given(st.sampled_from(sorted(method_styles)), st.booleans(), st.booleans())
 def test_extras_keep_colour_and_marker(method, lines_, boosted):
     name = method+(' + LiNeS' if lines_ else '')+(' + boosting' if boosted else '')
