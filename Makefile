@@ -4,7 +4,7 @@ WORKERS ?= 2
 BIN     := .venv/bin
 STAMP   := .venv/.installed
 
-.PHONY: help run docs test check lab play pool bench vision export clean-nbs save readme
+.PHONY: help run docs test check lab play pool language bench vision export clean-nbs save readme
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -19,10 +19,10 @@ run: $(STAMP) ## execute the book and print its pages to _book/
 docs: $(STAMP) ## the book as a static site in _docs/, from the outputs kept in its notebooks
 	$(BIN)/python -m subspace_nb.site
 
-# one thread for each of the notebooks tested side by side: torch processes that share cores slow each other down
+# one thread for each of the notebooks and test files side by side: torch processes that share cores slow each other down
 test: $(STAMP) ## execute every notebook's assertions, then tests/
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers $(WORKERS) --do-print --flags "$$($(BIN)/python -c 'from subspace_nb.book import has_gpu; print("cuda"*has_gpu())')"
-	$(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile tests
 
 check: $(STAMP) ## do modules, notebooks and README still fit together?
 	$(BIN)/python -m subspace_nb.book check
@@ -35,6 +35,10 @@ play: $(STAMP) ## the playground alone, in a browser, on loopback
 
 pool: $(STAMP) ## make the embedded experts again
 	$(BIN)/python -m subspace_nb.zoo_build
+
+language: $(STAMP) ## train the eight text experts into the cache, and merge them; resumes
+	$(BIN)/python -m subspace_nb.zoo_build language
+	$(BIN)/python -m subspace_nb.language
 
 bench: $(STAMP) ## time and measure memory: boosting, TSV-M and isotropic merging, ESM, HO-GSVD, every method beside plain SVDs and, where installed, mergekit and fusion-bench
 	for part in boost rivals esm hogsvd cost elsewhere; do $(BIN)/python benchmarks/$$part.py || exit 1; done

@@ -6,13 +6,13 @@
 __all__ = ['zoo', 'experts', 'weight', 'nearly_flat_00_1', 'gaussian_rank_00_2', 'harmless_beta_00_3', 'cosine_01_1',
            'loudest_01_2', 'late_mlp_01_3', 'transfer_02_1', 'overshoot_02_2', 'under_02_3', 'dare_ties_03_1',
            'both_claim_03_2', 'step_lines_03_3', 'twins_04_1', 'directions_04_2', 'stack_04_3', 'decoy_05_1',
-           'noise_05_2', 'two_grids_05_3', 'gap_06_1', 'rank_one_06_2', 'faintest_role_10_1', 'kept_share_10_2',
-           'sigma1_exponent_10_3', 'judge_tight', 'disjoint_parts', 'one_input_parts', 'tight_parts_11_1',
-           'orthogonal_ratio', 'frobenius_ratio_11_2', 'geometric_signal', 'break_even', 'best_floor_11_3',
-           'full_rank_energy', 'boosted_energy_12_1', 'by_three', 'boost_heads_12_2', 'some_layers', 'others_dropped',
-           'boost_blocks_12_3', 'boosted_and_iso', 'one_factor', 'same_size_13_1', 'twin_case', 'plain_sum',
-           'twins_13_2', 'diagonal_case', 'by_length', 'dead_forgotten', 'diagonal_regmean_13_3', 'mean_inside',
-           'tau_of_14_1', 'own_values_angle', 'two', 'pair_angles_14_2', 'unweighted', 'experts_stack',
+           'noise_05_2', 'two_grids_05_3', 'gap_06_1', 'rank_one_06_2', 'nearest_07_1', 'faintest_role_10_1',
+           'kept_share_10_2', 'sigma1_exponent_10_3', 'judge_tight', 'disjoint_parts', 'one_input_parts',
+           'tight_parts_11_1', 'orthogonal_ratio', 'frobenius_ratio_11_2', 'geometric_signal', 'break_even',
+           'best_floor_11_3', 'full_rank_energy', 'boosted_energy_12_1', 'by_three', 'boost_heads_12_2', 'some_layers',
+           'others_dropped', 'boost_blocks_12_3', 'boosted_and_iso', 'one_factor', 'same_size_13_1', 'twin_case',
+           'plain_sum', 'twins_13_2', 'diagonal_case', 'by_length', 'dead_forgotten', 'diagonal_regmean_13_3',
+           'mean_inside', 'tau_of_14_1', 'own_values_angle', 'two', 'pair_angles_14_2', 'unweighted', 'experts_stack',
            'weighted_merge_14_3', 'sigma_case', 'through_the_nearer', 'worst_detour_15_1', 'hurt_least',
            'harmless_15_2', 'group_mean', 'judge_swaps', 'one_round', 'symmetric', 'trap_case', 'improve_15_3',
            'layer_20', 'share_20', 'kept_energy_20_1', 'output_error_20', 'judge_20_2', 'with_bias_20',
@@ -28,7 +28,7 @@ __all__ = ['zoo', 'experts', 'weight', 'nearly_flat_00_1', 'gaussian_rank_00_2',
            'judge_36_2', 'lines_36', 'sweep_lines_36_2', 'spectra_40', 'first_to_give_40', 'largest_flat_beta_40_1',
            'stand_in_40', 'judge_40_2', 'observer_40', 'record_40_2', 'copies_89', 'pictures_89', 'leaked_89_1',
            'flat_90', 'cosines_90', 'mean_cosine_90_1', 'judge_90_2', 'fonts_90', 'random_90', 'hold_out_90_2',
-           'loaded_91', 'unused_91_1']
+           'loaded_91', 'unused_91_1', 'skipped_92_1']
 
 # %% ../nbs/95_answers.ipynb #45a33a78
 from functools import cache
@@ -296,6 +296,12 @@ def rank_one_06_2(got):
     if not torch.is_tensor(got) or got.ndim!=2: return "a matrix is wanted"
     rank = numerical_rank(got).item()
     return '' if rank==1 else f"its rank is {rank}"
+
+# %% ../nbs/95_answers.ipynb #eed27fbd
+@exercise('07.1', cases=lambda: [([0., .01, .02, .1, 1.], v) for v in (-3., 0., .014, .017, .07, .2, .8, 9.)],
+          wrong=lambda grid, v: sum(g<v for g in grid[:-1]), hint="Which position makes the distance smallest?")
+def nearest_07_1(grid, v):
+    return min(range(len(grid)), key=lambda i: abs(grid[i]-v))
 
 # %% ../nbs/95_answers.ipynb #eff70b4a
 def _role_shares(taus, n, column='share'):
@@ -1133,3 +1139,9 @@ def loaded_91(cell):
 def unused_91_1(names, cells):
     used = {n for c in cells for n in loaded_91(c)}
     return [n for n in names if n not in used]
+
+# %% ../nbs/95_answers.ipynb #4f5504c7
+@exercise('92.1', cases=lambda: [([1, 2, 3, 2, 3],), ([1, 2, 4, 2],), ([1, 3, 3, 5, 2, 3],), ([1],), ([1, 2, 3, 1, 3],)],
+          wrong=lambda levels: [i for i in range(1, len(levels)) if abs(levels[i]-levels[i-1])>1], hint="Compare each level with the one before it.")
+def skipped_92_1(levels):
+    return [i for i in range(1, len(levels)) if levels[i]>levels[i-1]+1]

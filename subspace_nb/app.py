@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['higher_order', 'merges', 'methods', 'coefficients', 'first_part', 'betas', 'alphas', 'slopes', 'Settings', 'Factors',
-           'Stopped', 'Kept', 'Engine', 'code', 'Latest', 'Shown', 'Panel', 'img', 'png', 'paint_spectrum',
-           'paint_ranks', 'paint_accuracy', 'paint_alignment', 'GridSlider', 'Playground', 'write_notebook', 'serve',
-           'main']
+           'Stopped', 'Kept', 'Engine', 'code', 'Latest', 'Shown', 'Panel', 'paint_spectrum', 'paint_ranks',
+           'paint_accuracy', 'paint_alignment', 'GridSlider', 'Playground', 'write_notebook', 'serve', 'main']
 
 # %% ../nbs/40_playground.ipynb #a4d77e50
-import argparse, atexit, base64, io, json, os, queue, subprocess, sys, tempfile, threading, time, traceback
+import argparse, atexit, json, os, queue, subprocess, sys, tempfile, threading, time, traceback
 import asyncio
 from collections import OrderedDict
 from contextlib import contextmanager
@@ -26,7 +25,6 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from PIL import Image
 from torch import Tensor
 from traitlets import Bool, Enum, Float, List, Unicode, Union, validate
 from .spectra import check_share, lift, null_mask, polar, singular_values, svd
@@ -34,6 +32,7 @@ from .tasks import TaskVector, attention_modes, block_index, in_block, join_rows
 from .experts import Pool, Scores, remembered, write_state
 from .merge import average, consensus, lines, task_arithmetic, ties
 from . import plots
+from .widgets import img, png
 from .score import climb, geometric_grid
 from .collapse import component
 from .boost import is_attention
@@ -487,21 +486,6 @@ class Panel(Shown):
         if again: self.figure.set_layout_engine('none')
         self.show(img(png(np.asarray(self.figure.canvas.buffer_rgba())), text))
 
-def img(
-    data:bytes, # a PNG
-    text:str, # what it shows
-    cls:str='', # of the element
-)->str: # HTML
-    "A picture inside a page, with its alternative text."
-    return f'<img class="{cls}" alt="{escape(text)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
-
-def png(
-    pixels:np.ndarray, # (height, width[, 3 or 4]) uint8
-)->bytes:
-    "A picture as a PNG, quickly."
-    buffer = io.BytesIO(); Image.fromarray(pixels[..., :3] if pixels.ndim==3 else pixels).save(buffer, 'png', compress_level=1)
-    return buffer.getvalue()
-
 def paint_spectrum(
     ax, # axes
     before, # (r,) singular values
@@ -561,6 +545,7 @@ def paint_alignment(
     "Alignment of the ticked experts, high: they interfere little."
     plots.heatmap(matrix, numbers, numbers, ax=ax, fmt='.2f' if len(numbers)<7 else None, title='Alignment Matrix of the ticked', vmin=limits[0], vmax=limits[1])
     ax.tick_params(labelsize=9 if len(numbers)<15 else 7)
+    if len(numbers)>=15: ax.set_xticks(range(0, len(numbers), 2), numbers[::2])
     ax.set_xlabel('expert, by its number', fontsize=9)
 
 # %% ../nbs/40_playground.ipynb #68612478
@@ -653,6 +638,9 @@ _css = """<style>
 .pg .pg-mono textarea, .pg .pg-mono select {font-family:monospace; font-size:12.5px}
 .pg table {font:13px sans-serif; border-collapse:collapse}
 </style>"""
+
+def _brief(s): # settings in few characters, for a narrow list
+    return str(s).replace(' experts, ', ' ').replace(' + ', '+').replace(' = ', '=').translate(str.maketrans('', '', '(),'))
 
 class Playground(w.VBox):
     "Merge the experts of a pool by hand."
@@ -1010,7 +998,7 @@ class Playground(w.VBox):
         self._accuracy, self._pictures = Panel('accuracy', (6.7, 2.95)), Shown('images')
         self._headline, self._error = w.HTML(layout=dict(margin='0', width='100%')), w.HTML(layout=dict(margin='0', display='none'))
         head = w.VBox([self._headline, self._error], layout=dict(grid_area='head', margin='0'))
-        tabs = w.HBox([w.VBox([w.HTML('<b>Tried</b> (choose one to go back to it)'), self._tried], layout=dict(flex='1 1 0', min_width='0')),
+        tabs = w.HBox([w.VBox([w.HTML('<b>Tried</b>: accuracy, rank, settings'), self._tried], layout=dict(flex='1 1 0', min_width='0')),
                        w.VBox([w.HTML('<b>As code</b>'), self._code], layout=dict(flex='1 1 0', min_width='0')),
                        w.VBox([w.HTML('<b>Save</b> the merged model'), self._file, half(self._overwrite, self._save_clicked_button), self._saved], layout=dict(flex='.7 1 0', min_width='0', justify_content='flex-start'))], layout=dict(grid_area='below', margin='0', overflow='hidden'))
         third = 'minmax(0, 1fr)'
@@ -1073,7 +1061,7 @@ class Playground(w.VBox):
     def _list_history(self):
         order = sorted(self.history, key=lambda h: -h['normalised'])
         self._tried.unobserve(self._go_back, 'value')
-        self._tried.options = [('', None)]+[(f"{h['normalised']:6.1%}  rank {h['stable_rank']:5.1f}  {h['settings']}", i) for i, h in enumerate(order)]
+        self._tried.options = [('', None)]+[(f"{h['normalised']:5.1%} {h['stable_rank']:5.1f} {_brief(h['settings'])}", i) for i, h in enumerate(order)]
         self._tried.value = None
         self._tried.observe(self._go_back, 'value')
         self._order = order

@@ -6,7 +6,7 @@
 __all__ = ['tasks', 'pretrain', 'recipe', 'stem_package', 'pick', 'draw_groups', 'split', 'Work', 'write_text', 'source', 'parts',
            'timm_names', 'half', 'make_stem', 'stem_of', 'make_clean', 'make_field', 'clean_of', 'field_of', 'rate',
            'fit', 'base_data', 'make_base', 'base_of', 'tune', 'make_expert', 'expert_of', 'ship_images',
-           'ship_weights', 'licences', 'ship', 'score', 'build', 'main', 'regime']
+           'ship_weights', 'licences', 'ship', 'score', 'build', 'main_language', 'main', 'regime']
 
 # %% ../nbs/90_pool.ipynb #8facfbef
 import io, json, math, os, platform, shutil, time
@@ -14,11 +14,11 @@ from importlib.metadata import version
 from pathlib import Path
 import numpy as np
 import torch
-from fastcore.script import call_parse
+from fastcore.script import CliError, call_parse
 from safetensors.torch import load_file
 from torch import nn, Tensor
 from tqdm.auto import tqdm
-from .experts import (EmbeddedPool, Pool, Stem, Vision, field, from_sheet, noise_seed, read_state, sha256, stem_features,
+from .experts import (EmbeddedPool, Pool, Stem, Vision, cache_folder, field, from_sheet, noise_seed, read_state, sha256, stem_features,
                                  to_sheet, write_state)
 from .tasks import TaskVector, default_device, task_vector
 
@@ -381,10 +381,14 @@ def ship(
     work:Work,
     to:str|Path, # the zoo folder
 )->dict: # the index
-    "Put the zoo together, score it and move it into place."
+    "Put the zoo together, score it and move it into place; chapter 31's texts, where there are any, are carried over."
     to = Path(to); new = to.with_name(f'{to.name}.{os.getpid()}.tmp'); shutil.rmtree(new, ignore_errors=True); new.mkdir(parents=True)
     rows = ship_images(work, new); ship_weights(work, new)
-    write_text(new/'LICENSES.md', licences(rows, ' '.join(stem_package)))
+    notices = licences(rows, ' '.join(stem_package))
+    if (to/'language').exists():
+        from subspace_nb.language import licence_section, read_texts
+        shutil.copytree(to/'language', new/'language'); notices += '\n'+licence_section(read_texts(new/'language'/'texts.json.xz'))
+    write_text(new/'LICENSES.md', notices)
     names = ['stem.safetensors', 'base.safetensors', *[f'{d}/{t}.safetensors' for d in ('clean', 'field', 'experts') for t in work.tasks], *[f'clean/{t}.safetensors' for t in work.pretrain]]
     index = dict(tasks=rows, pretrain=work.pretrain, **{k: work.recipe[k] for k in ('field', 'model')}, recipe=work.recipe,
                  files={str(p.relative_to(new).as_posix()): dict(sha256=sha256(p), size=p.stat().st_size) for p in sorted(new.rglob('*')) if p.is_file()},
@@ -424,17 +428,32 @@ def build(
     for t in tqdm(work.tasks, desc='experts'): expert_of(work, t)
     return ship(work, to)
 
-@call_parse
+def main_language(
+    work:str, # folder for the stages' results; empty: where chapter 31 looks for the experts
+    cache:str, # folder for downloaded packages
+    device:str, # cpu or cuda; empty: a GPU where there is one
+):
+    "Fine-tune chapter 31's text experts; finished ones are only read."
+    from subspace_nb.language import build_language, recipe, tasks
+    from subspace_nb.zoo_sources import fetch
+    w = Work(work or cache_folder()/'language', cache, device or None, recipe, tasks, [])
+    print(f"on {w.device}, {torch.get_num_threads()} threads, in {w.root}")
+    build_language(w, fetch)
+
+@call_parse(pos=['what'])
 def main(
-    work:str='pool_work', # folder for the stages' results; a second run goes on where the first stopped
+    what:str='pool', # pool: this chapter's twenty experts; language: chapter 31's eight
+    work:str='', # folder for the stages' results, where a second run goes on; empty: pool_work, or for language where chapter 31 looks
     cache:str='pool_cache', # folder for downloaded packages
     to:str='zoo', # the folder to write; the package reads subspace_nb/zoo
     device:str='', # cpu or cuda; empty: a GPU where there is one
     threads:int=0, # CPU threads; 0: torch decides
 ):
     "Rebuild the embedded pool from its sources."
+    if what not in ('pool', 'language'): raise CliError(f"what must be pool or language, not {what}")
     if threads: torch.set_num_threads(threads)
-    w = Work(work, cache, device or None); t = time.perf_counter()
+    if what=='language': return main_language(work, cache, device)
+    w = Work(work or 'pool_work', cache, device or None); t = time.perf_counter()
     print(f"on {w.device}, {torch.get_num_threads()} threads")
     index = build(w, to)
     top, low = [np.mean([r[k]['test'] for r in index['tasks']]) for k in ('expert', 'base')]

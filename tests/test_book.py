@@ -1,6 +1,7 @@
 "The runner, the pages, the README, what `check` finds, and the files that say what the package needs."
 import ast, contextlib, io, json, os, re, runpy, shutil, subprocess, sys
 from configparser import ConfigParser
+from html.parser import HTMLParser
 from pathlib import Path
 import nbformat, pytest, setuptools, torch
 from nbdev.clean import nbdev_clean
@@ -60,13 +61,14 @@ def third_party(path): # names of the distributions that a module imports
         if isinstance(node, ast.Import): imported |= {a.name.split('.')[0] for a in node.names}
         if isinstance(node, ast.ImportFrom) and not node.level: imported.add(node.module.split('.')[0])
     comes_with = {'PIL': 'pillow', 'open_clip': 'open_clip_torch', 'torchvision': 'open_clip_torch',
-                  'nbformat': 'nbconvert', 'pygments': 'nbconvert', 'traitlets': 'ipywidgets', 'yaml': 'pyyaml', 'IPython': 'ipykernel'}
+                  'nbformat': 'nbconvert', 'pygments': 'nbconvert', 'bs4': 'nbconvert', 'traitlets': 'ipywidgets', 'yaml': 'pyyaml', 'IPython': 'ipykernel'}
     return {comes_with.get(m, m) for m in imported-set(sys.stdlib_module_names)-{'subspace_nb'}}
 
 def test_what_modules_import_is_required(ini):
     names = lambda key: {re.match(r'[\w-]+', r)[0] for r in ini[key].split()}
     needs = {p.name: third_party(p)-names('requirements') for p in (root/'subspace_nb').glob('*.py')}
-    assert needs.pop('book.py') <= names('dev_requirements'), 'printing the book is for developers'
+    for n in ('book.py', 'site.py'): assert needs.pop(n) <= names('dev_requirements'), 'printing the book is for developers'
+    assert needs.pop('published.py') <= {'datasets'} <= names('dev_requirements'), 'asked for by name where it is missing'
     assert {k: v for k, v in needs.items() if v}=={}
 
 def test_changelog_names_the_version(ini): assert f"## {ini['version']}" in (root/'CHANGELOG.md').read_text(encoding='utf-8')
@@ -83,7 +85,7 @@ def ran(tmp_path_factory):
     (top/'nbs/results').mkdir()
     row = dict(method='TA', tasks=8, order=0, accuracy=61.25, normalised=70.)
     (top/'nbs/results/vision.json').write_text(json.dumps(dict(meta={}, rows=[row])))
-    with contextlib.redirect_stdout(io.StringIO()) as out: ok = book.run_book(top, gpu=False)
+    with contextlib.redirect_stdout(io.StringIO()) as out: ok = book.run_book(top, gpu=False, workers=2)
     return top, ok, out.getvalue()
 
 def test_run_prints_a_line_for_each_chapter_and_ends_with_results_and_pages(ran):
@@ -115,7 +117,7 @@ def test_a_failing_cell_is_named_and_what_ran_is_written(tmp_path, capsys, sourc
     write(tmp_path/'nbs', '00_good', md('# Good'), code('1'))
     write(tmp_path/'nbs', '01_bad', md('# Bad'), code('2'), code(source))
     write(tmp_path/'nbs', '02_after', md('# After'), code('3'))
-    assert not book.run_book(tmp_path, gpu=False, timeout=timeout)
+    assert not book.run_book(tmp_path, gpu=False, timeout=timeout, workers=1)
     out = capsys.readouterr().out
     assert '01_bad, cell 2' in out and source in out and said in out and '\x1b[' not in out
     assert {p.name for p in (tmp_path/'_book').glob('*.html')}=={'00_good.html', '01_bad.html', 'index.html'}
@@ -145,6 +147,63 @@ def test_letters_of_other_alphabets():
     text = lambda tex: ''.join(book.ET.fromstring(book.mathml(tex)).itertext())
     assert text(r'\mathcal{LB}')=='ℒℬ' and text(r'\mathbb R')=='ℝ' and text(r'\mathbf 1')=='𝟏'
 
+# --- pictures and the items of the papers
+
+def figure(kind='image/png', data=dot): return new_output('display_data', {kind: data, 'text/plain': '<Figure>'})
+
+def alts(html): # texts of the images, as a browser reads them
+    found, reader = [], HTMLParser()
+    reader.handle_starttag = lambda tag, attrs: found.append(dict(attrs).get('alt')) if tag=='img' else None
+    reader.handle_startendtag = reader.handle_starttag
+    reader.feed(html)
+    return found
+
+def body(*cells): return book.body_html(new_notebook(cells=list(cells)))
+
+def test_several_pictures_of_a_cell_are_told_apart():
+    html = body(md('# Dots'), code('#| fig-alt: A "dot" & more\ndraw()', outputs=[figure(), figure()]), code('again()', outputs=[figure()]))
+    assert alts(html)==['A "dot" & more (1 of 2)', 'A "dot" & more (2 of 2)', 'Figure: Dots']
+
+def test_svg_has_its_text():
+    html = body(code('#| fig-alt: A <line>\ndraw()', outputs=[figure('image/svg+xml', '<svg viewBox="0 0 1 1"><path d="M0 0"/></svg>')]))
+    assert re.search('role="img"[^>]*><svg', html) and 'aria-label="A &lt;line&gt;"' in html
+
+@pytest.mark.parametrize('cell', [md('# One\n<!-- paper: SB Figure 1a; ESM Theorem 2 -->\nText with **bold**.'), md('<!-- paper: SB Figure 1a -->\n<!-- paper: ESM Theorem 2 -->\nText with **bold**.'),
+                                  md('Text with **bold**.\n<!--paper:SB Figure 1a;ESM Theorem 2;-->')])
+def test_labels_of_markdown_cells(cell):
+    html = body(cell)
+    assert re.search('<span [^>]*id="sb-figure-1a"[^>]*>Subspace Boosting, Figure 1a</span>', html)
+    assert 'id="esm-theorem-2"' in html and '<strong>bold</strong>' in html and '<!--' not in html
+
+def test_an_anchor_stands_once_on_a_page():
+    html = body(md('<!-- paper: SB Table 3 -->\nText'), code('#| paper: SB Table 3; SB Table 7\nshow()', outputs=[figure()]))
+    assert html.count('>Subspace Boosting, Table 3<')==2 and '>Table 7<' in html and html.count('id="sb-table-3"')==html.count('id="sb-table-7"')==1
+    assert html.index('show')<html.index('Table 7')<html.index('<img')
+
+def test_cells_that_are_not_shown_give_no_label():
+    assert 'Boosting' not in body(code('#| hide\n#| paper: SB Table 3\nshow()'))
+
+def test_labels_are_not_for_the_readme(tmp_path):
+    write(tmp_path, 'index', md('# All\n<!-- paper: SB Figure 2 -->\nText'), code('#| paper: SB Figure 2\n#| fig-alt: One dot\nshow()', outputs=[figure()]))
+    text, figures = book.readme(tmp_path)
+    assert 'paper' not in text and 'Figure 2' not in text and '# All\nText' in text and [f'![One dot]({f})' in text for f in figures]==[True]
+
+@pytest.mark.parametrize('text', ['SB Figure', 'TA Figure 1', 'SB Lemma 1', 'SB Figure 1, SB Figure 2', 'SB Figure 1A'])
+def test_an_item_that_no_paper_can_have_is_refused(text):
+    with pytest.raises(ValueError, match='^paper: .* is not of the form'): book.paper_items(text)
+
+@pytest.mark.parametrize('source, names', [
+    ('x, (y, *z) = 1, (2, 3)', 'x y z'), ('for i, j in []: k = 1', 'i j k'), ('with open(f) as g: pass', 'g'), ('import os.path, numpy as np', 'os np'), ('from a import b as c, d', 'c d'),
+    ('if (n := 3): m = 1', 'n m'), ('def f(a):\n    b = 1', 'f'), ('class C:\n    a = 1', 'C'), ('[x for x in y]; (lambda a: a)(1)', ''), ('a.b = 1; c[0] = 2', ''), ('a += 1', 'a'), ('a: int = 1', 'a'),
+    ('%time v = 1\n!ls\nw = 1', 'w'), ('try: pass\nexcept E as e: pass\nelse: q = 1', 'e q'), ('async def f(): pass', 'f')])
+def test_names_that_a_cell_binds(source, names): assert book.bound_names(source)==set(names.split())
+
+@pytest.mark.parametrize('cells, found', [
+    (['#| export\ndef f(): pass', 'f = 1'], [(1, ['f'])]), (['f = 1', '#| export\ndef f(): pass'], []), (['#| export\n_f = 1', '_f = 2'], []), (['#| export\nimport re', 'import re'], []),
+    (['#| export\ndef f(): pass', '#| export\ndef f(): return 1'], []), (['#| exporti\nshare = 1', 'for share in range(2): pass'], [(1, ['share'])]), (['#| export\ndef f(): pass', 'def g():\n    f = 1'], []),
+    (['#| export\ndef f(): pass\nclass C: pass', 'C = f = 1', 'import f'], [(1, ['C', 'f']), (2, ['f'])])])
+def test_hidden_names(cells, found): assert book.hidden_names(new_notebook(cells=[code(c) for c in cells]))==found
+
 # --- results
 
 def test_results_table_has_a_gap_where_a_row_is_missing():
@@ -163,7 +222,7 @@ def clean_project(tmp_path_factory):
     shutil.copy(root/'pyproject.toml', top)
     one = write(top/'nbs', '00_one', code('#| default_exp one'), md('# One\n$\\sigma$'), code('#| export\ndef f(): return 1'))
     figure = new_output('display_data', {'image/png': dot, 'text/plain': '<Figure>'})
-    index = write(top/'nbs', 'index', md('# All\n[one](00_one.ipynb)'), code('#| echo: false\ndraw()', outputs=[figure]))
+    index = write(top/'nbs', 'index', md('# All\n[one](00_one.ipynb)'), code('#| echo: false\n#| fig-alt: A dot [dark]\ndraw()', outputs=[figure]))
     (top/'subspace_nb').mkdir()
     (top/'subspace_nb/__init__.py').write_text('__version__ = "0.1.0"\n')
     for p in (one, index): nbdev_clean(str(p))
@@ -234,6 +293,16 @@ def test_outputs_that_should_not_stay_are_found(copy, output, said):
     edit(copy/'nbs/00_one.ipynb', with_output(output))
     assert any(said in p for p in book.problems(copy))
 
+@pytest.mark.parametrize('source, output, said', [
+    ('draw()', dict(output_type='display_data', metadata={}, data={'image/png': dot}), ['nbs/00_one.ipynb, cell 3: its picture has no text, #| fig-alt:']),
+    ('#| fig-alt:\ndraw()', dict(output_type='execute_result', execution_count=None, metadata={}, data={'image/svg+xml': '<svg/>'}), ['nbs/00_one.ipynb, cell 3: its picture has no text, #| fig-alt:']),
+    ('#| paper: SB Fig 1\nshow()', None, ["nbs/00_one.ipynb, cell 3: paper: 'SB Fig 1' is not of the form"]), ('f = f()', None, ['nbs/00_one.ipynb, cell 3: binds f, which an exported cell defines']),
+    ('#| fig-alt: Fine\ng = f()', dict(output_type='display_data', metadata={}, data={'image/png': dot}), [])])
+def test_problems_of_a_lesson_cell_are_found(copy, source, output, said):
+    edit(copy/'nbs/00_one.ipynb', lambda nb: nb['cells'].append(dict(cell_type='code', execution_count=None, id='lesson', metadata={}, source=source.splitlines(True), outputs=[output] if output else [])))
+    found = book.notebook_problems(copy/'nbs/00_one.ipynb')
+    assert len(found)==len(said) and all(f.startswith(s) for f, s in zip(found, said))
+
 def test_a_formula_that_no_page_can_show_is_found(copy):
     edit(copy/'nbs/00_one.ipynb', lambda nb: nb['cells'][1].update(source=['# One\n', '$\\nosuch$']))
     assert any('formula not understood' in p for p in book.problems(copy))
@@ -244,7 +313,7 @@ def test_the_readme_is_always_the_same(copy):
     before = (copy/'README.md').read_bytes()
     book.write_readme(copy)
     assert (copy/'README.md').read_bytes()==before
-    assert '![Figure](nbs/index_files/index_1_0.png)' in before.decode() and 'draw()' not in before.decode()
+    assert r'![A dot \[dark\]](nbs/index_files/index_1_0.png)' in before.decode() and 'draw()' not in before.decode()
 
 def test_links_of_the_readme_lead_somewhere():
     text, figures = book.readme(root/'nbs')

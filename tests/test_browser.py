@@ -1,76 +1,14 @@
 """The playground in a real Chromium: served by Voilà, and as a chapter in JupyterLab. Numbers on the page are compared with the modules'."""
-import json
-import os
-import shutil
-import signal
-import socket
-import subprocess
 import sys
-import time
-from contextlib import contextmanager
-from pathlib import Path
-from urllib.error import HTTPError
-from urllib.request import urlopen
 
 import pytest
 import torch
 
 from subspace_nb.app import Engine, Settings, betas
 from subspace_nb.experts import Pool, read_state
+from browser_help import browser, free_port, jupyterlab, needs, page_of, run_all, serving
 
-root = Path(__file__).parent.parent
-chromium = next((p for p in map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome')) if p), None)
-flags = '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split()
-patience = 120_000 # ms
-
-def missing():
-    "What has to be installed, or None."
-    if chromium is None: return 'these tests need a Chromium: apt-get install chromium'
-    for module, name in (('playwright', 'playwright'), ('voila', 'voila'), ('jupyterlab', 'jupyterlab')):
-        try: __import__(module)
-        except ImportError: return f'these tests need the package {name}: pip install {name}'
-
-pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
-
-@pytest.fixture(scope='module')
-def browser():
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium, args=flags)
-        yield browser
-        browser.close()
-
-@contextmanager
-def page_of(browser):
-    "A page, and what went wrong on it or left this machine."
-    context = browser.new_context(viewport=dict(width=1280, height=800))
-    page, wrong = context.new_page(), []
-    page.set_default_timeout(patience)
-    page.on('console', lambda m: wrong.append(m.text) if m.type=='error' else None)
-    page.on('pageerror', lambda e: wrong.append(str(e)))
-    page.on('request', lambda r: None if r.url.startswith(('http://127.0.0.1', 'ws://127.0.0.1', 'data:', 'blob:')) else wrong.append(f'asked for {r.url}'))
-    try: yield page, wrong
-    finally: context.close()
-
-def free_port():
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
-
-@contextmanager
-def serving(command, address, cwd, **env):
-    "A server and its children, ended together."
-    log = open(Path(cwd)/'server.log', 'w')
-    server = subprocess.Popen(command, cwd=cwd, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=os.environ | {'PYTHONPATH': str(root), 'OMP_NUM_THREADS': str(torch.get_num_threads())} | env)
-    try:
-        for _ in range(240):
-            try: urlopen(address, timeout=60); break
-            except HTTPError: break                       # it answers
-            except OSError: assert server.poll() is None, (Path(cwd)/'server.log').read_text(); time.sleep(.5)
-        yield
-    finally:
-        os.killpg(server.pid, signal.SIGINT)
-        try: server.wait(10)
-        except subprocess.TimeoutExpired: os.killpg(server.pid, signal.SIGKILL); server.wait()
-        log.close()
+pytestmark = needs('voila', 'jupyterlab')
 
 @pytest.fixture(scope='module')
 def engine(): return Engine(Pool.embedded())
@@ -157,22 +95,8 @@ def test_voila(browser, engine, tmp_path):
         assert not wrong, wrong
 
 def test_jupyterlab(browser, engine, tmp_path):
-    port = free_port(); address = f'http://127.0.0.1:{port}/'
-    book = json.loads((root/'nbs/40_playground.ipynb').read_text(encoding='utf-8'))
-    book['metadata']['kernelspec'] = dict(display_name='Python 3 (ipykernel)', language='python', name='python3')     # or JupyterLab asks which
-    (tmp_path/'40_playground.ipynb').write_text(json.dumps(book), encoding='utf-8'); shutil.copytree(root/'nbs/results', tmp_path/'results')
-    for name, value in (('apputils-extension/notification', dict(fetchNews='false', checkForUpdates=False)), ('notebook-extension/tracker', dict(windowingMode='none'))):
-        path = tmp_path/f'settings/@jupyterlab/{name}.jupyterlab-settings'
-        path.parent.mkdir(parents=True, exist_ok=True); path.write_text(json.dumps(value))
-    command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', f'--ServerApp.root_dir={tmp_path}', '--IdentityProvider.token=', '--LabApp.expose_app_in_browser=True']
-    idle = '.jp-Notebook-ExecutionIndicator[data-status="idle"]'
-    with serving(command, address+'api', tmp_path, JUPYTERLAB_SETTINGS_DIR=str(tmp_path/'settings'), JUPYTERLAB_WORKSPACES_DIR=str(tmp_path/'workspaces'), JUPYTER_PREFER_ENV_PATH='1'), page_of(browser) as (page, wrong):
-        page.goto(address+'lab/tree/40_playground.ipynb')
-        page.wait_for_selector('text=/ipykernel.* . Idle/')
-        page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
-        page.wait_for_selector('.pg-head')
-        page.wait_for_selector(idle); page.wait_for_selector('.pg-done')
-        assert not page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"], .jp-RenderedText[data-mime-type="application/vnd.jupyter.stderr"] >> text=Traceback').count()
+    with jupyterlab(tmp_path, '40_playground') as address, page_of(browser) as (page, wrong):
+        run_all(page, address, '40_playground', '.pg-head'); page.wait_for_selector('.pg-done')
         page.get_by_role('button', name='Reset', exact=True).click(); settled(page)
         page.get_by_role('button', name='none', exact=True).click(); page.wait_for_selector('.pg-error')
         for i in (1, 2): page.get_by_label(f'{i} {engine.pool.tasks[i-1]}', exact=True).click()
