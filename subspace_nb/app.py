@@ -14,6 +14,7 @@ from collections import OrderedDict
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from functools import wraps
 from html import escape
 from math import isfinite
 from numbers import Real
@@ -642,6 +643,12 @@ _css = """<style>
 def _brief(s): # settings in few characters, for a narrow list
     return str(s).replace(' experts, ', ' ').replace(' + ', '+').replace(' = ', '=').translate(str.maketrans('', '', '(),'))
 
+def _in_turn(fn): # a front end may send changes to a thread of their own: one of them, or one answer, at a time
+    @wraps(fn)
+    def alone(self, *args, **kwargs):
+        with self._turn: return fn(self, *args, **kwargs)
+    return alone
+
 class Playground(w.VBox):
     "Merge the experts of a pool by hand."
     beta = Float(0., allow_none=True, help="boosting threshold in [0, 1]; None: no boosting")
@@ -661,7 +668,7 @@ class Playground(w.VBox):
         experts:int|list=8, # ticked at first: so many, or names
         **settings, # first values of the traits
     ):
-        self.engine, self.pool = Engine(pool), pool
+        self.engine, self.pool, self._turn = Engine(pool), pool, threading.RLock()
         self.timings, self.history, self.pinned, self.error = {}, [], None, None
         self._latest, self._aside, self._inbox, self._number, self._on_screen, self._quiet, self._sample = Latest(), Latest(0.), queue.Queue(), 0, {}, 0, 0
         try: self._loop = asyncio.get_running_loop()
@@ -739,6 +746,7 @@ class Playground(w.VBox):
     def _clear_error(self):
         if self.error is not None: self.error, self._error.value = None, ''; self._error.layout.display = 'none'
 
+    @_in_turn
     def _changed(self, change=None):
         if self._quiet: return
         t = time.perf_counter()
@@ -782,6 +790,7 @@ class Playground(w.VBox):
             except queue.Empty: return
             self._take(item)
 
+    @_in_turn
     def _take(self, item): # dropped unless it answers the settings on screen
         number, kind, what = item
         if number not in (0, self._number): return
@@ -821,6 +830,7 @@ class Playground(w.VBox):
         self._spectrum.draw(lambda ax: paint_spectrum(ax, before.cpu(), after.cpu(), cutoff, pinned, f"Spectrum: {name}"),
                             f"{name}: largest singular value {float(before[0]):.4g}, smallest {float(before[-1]):.4g} before and {float(after[-1]):.4g} after boosting; cutoff {'none' if cutoff is None else cutoff+1}")
 
+    @_in_turn
     def _on_layer(self, change):
         if self._quiet: return
         with self._guard():

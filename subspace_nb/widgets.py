@@ -6,7 +6,7 @@
 __all__ = ['as_text', 'slider', 'choice', 'switch', 'png', 'img', 'Explorer']
 
 # %% ../nbs/07_widgets.ipynb #66da525a
-import asyncio, base64, io, time
+import asyncio, base64, io, threading, time
 from collections.abc import Callable, Iterable, Mapping
 from html import escape
 from numbers import Integral, Real
@@ -117,6 +117,7 @@ class Explorer(w.VBox):
         self.size, self.cols, self.delay, self.dpi = size, cols, delay, dpi
         self.seconds = None                               # that the last picture took, with its numbers
         self._shown, self._due, self._figure, self._menus = {}, False, None, None
+        self._one = threading.RLock()                     # a front end may send changes to a thread of their own: one picture at a time
         self._page = w.HTML(layout=dict(width='100%', margin='0'))
         row = w.HBox(list(controls.values())); row.add_class('ex-controls')
         super().__init__([w.HTML(_css, layout=dict(display='none')), row, self._page], layout=dict(width='100%'))
@@ -135,6 +136,9 @@ class Explorer(w.VBox):
 
     def refresh(self):
         "Draw the setting on the controls, now."
+        with self._one: self._redraw()
+
+    def _redraw(self):
         self._due, start, values = False, time.perf_counter(), self.settings()
         try:
             found = dict(self.numbers(**values))

@@ -163,6 +163,12 @@ def download(
     else: raise ValueError(f"kind must be deb, npm or pypi, not {kind}")
     return next(p for p in folder.iterdir() if p.is_file())
 
+def _stay_inside(t, out): # first patch releases of some Pythons do not look themselves
+    for m in t.getmembers():
+        to = (out/m.name).resolve()
+        aim = (to.parent/m.linkname if m.issym() else out/m.linkname if m.islnk() else to).resolve()
+        if m.isdev() or not (to.is_relative_to(out) and aim.is_relative_to(out)): raise ValueError(f"{m.name} would be written outside of the folder it is unpacked to")
+
 def unpack(
     archive:Path, # .deb, .whl, .zip or any tar
     out:Path, # the folder to fill
@@ -173,7 +179,9 @@ def unpack(
     elif archive.suffix in ('.whl', '.zip'):
         with zipfile.ZipFile(archive) as z: z.extractall(out)
     else:
-        with tarfile.open(archive) as t: t.extractall(out, filter='data')
+        with tarfile.open(archive) as t:
+            _stay_inside(t, out.resolve())
+            t.extractall(out, **{'filter': 'data'} if hasattr(tarfile, 'data_filter') else {})
 
 def _check_seal(label, got, expected):
     if expected and got!=expected: raise ValueError(f"{label}: the archive's sha256 is {got}, but {expected} was expected")

@@ -64,7 +64,13 @@ def test_download_refuses(tmp_path, monkeypatch):
 
 def test_unpack_stays_inside(tmp_path):
     with tarfile.open(tmp_path/'bad.tgz', 'w:gz') as t: t.addfile(tarfile.TarInfo('../escaped'), io.BytesIO())
-    with pytest.raises(tarfile.FilterError): z.unpack(tmp_path/'bad.tgz', tmp_path/'out')
+    with pytest.raises(ValueError, match='escaped would be written outside'): z.unpack(tmp_path/'bad.tgz', tmp_path/'out')
+    with tarfile.open(tmp_path/'link.tgz', 'w:gz') as t:
+        link = tarfile.TarInfo('inside'); link.type, link.linkname = tarfile.SYMTYPE, '../../etc'
+        t.addfile(link)
+    with pytest.raises(ValueError, match='inside would be written outside'): z.unpack(tmp_path/'link.tgz', tmp_path/'out')
+    with tarfile.open(tmp_path/'good.tgz', 'w:gz') as t: t.addfile(tarfile.TarInfo('a/b'), io.BytesIO())
+    z.unpack(tmp_path/'good.tgz', tmp_path/'good'); assert (tmp_path/'good/a/b').exists()
     z.unpack(zip_of(tmp_path/'bad.zip', **{'../escaped': 'x'}), tmp_path/'out')
     assert not (tmp_path/'escaped').exists()
 
