@@ -638,6 +638,12 @@ _css = """<style>
 .pg .widget-checkbox input {margin:0 5px 0 2px}
 .pg .pg-mono textarea, .pg .pg-mono select {font-family:monospace; font-size:12.5px}
 .pg table {font:13px sans-serif; border-collapse:collapse}
+.pg {container-type:inline-size}
+@container (max-width: 1000px) {
+.pg .pg-grid {grid-template-columns:318px minmax(0,1fr) !important; grid-template-rows:auto !important;
+  grid-template-areas:"head head" "controls spectrum" "controls ranks" "accuracy accuracy" "alignment images" "below below" !important}
+.pg .pg-below {flex-wrap:wrap} .pg .pg-below > * {flex:1 1 40% !important} .pg .pg-below > :last-child {flex-basis:100% !important}
+}
 </style>"""
 
 def _brief(s): # settings in few characters, for a narrow list
@@ -1014,6 +1020,7 @@ class Playground(w.VBox):
         third = 'minmax(0, 1fr)'
         grid = w.GridBox([controls, head, self._spectrum, self._ranks, self._alignment, self._accuracy, self._pictures, tabs], layout=dict(width='100%', grid_gap='5px', grid_template_columns=f'318px {third} {third} {third}',
             grid_template_rows='auto auto auto 1fr', grid_template_areas='"controls head head head" "controls spectrum ranks alignment" "controls accuracy accuracy images" "controls below below below"'))
+        grid.add_class('pg-grid'); tabs.add_class('pg-below')
         self.children = [w.HTML(_css, layout=dict(display='none')), grid]
         self.add_class('pg')
         self._stage = None

@@ -161,16 +161,16 @@ def _map_gram(dw, fn, rank_tol):
     lam, v = torch.linalg.eigh(gram_lower(a))                      # ascending; `fn` wants descending
     s = lam.clamp_min(0).sqrt()
     if not s[-1]>0: return torch.zeros_like(dw)
-    def lifted():
+    def lifted(s):
         null = null_mask(s.flip(-1), max(a.shape), eps, rank_tol)
         return null.flip(-1), fn(s.flip(-1)).masked_fill(null, 0.).flip(-1)
-    null, f = lifted()
+    null, f = lifted(s)
     unsure = null.any() and (max(a.shape)*eps if rank_tol is None else rank_tol)<1e-6 # a Gram matrix cannot tell these from zero
     if unsure or not gram_error(s.flip(-1), f.flip(-1))<tol:
-        k = int((s < (100*torch.finfo(s.dtype).eps/tol)**.5*s[-1]).sum())             # beyond a tenth of the tolerance
-        if not 0<k<=len(s)//2: return None
-        u, s, v = _faint_again(a, v, s, k)
-        f = lifted()[1]
+        faint = int((s < (100*torch.finfo(s.dtype).eps/tol)**.5*s[-1]).sum())         # beyond a tenth of the tolerance
+        if not 0<faint<=len(s)//2: return None
+        u, s, v = _faint_again(a, v, s, faint)
+        f = lifted(s)[1]
         return (u*f@v.mT if fine else (u*f).float()@v.mT.float()).to(dw.dtype)
     gain = (f/s).masked_fill(null, 0.)
     if a.shape[0]<2*a.shape[1]:                               # U diag(f) first: float32 is enough for what follows

@@ -40,9 +40,10 @@ def typed_beta(page): return float(page.locator('.pg-controls input[type=text]')
 def handle(page): return page.locator('.pg-controls .noUi-handle').first
 
 def nothing_cut_off(page):
-    "Every control and picture lies inside the window, from left to right, once the page has followed its size."
+    "Every control and picture lies inside the window, from left to right, and no button's text is cut, once the page has followed its size."
     page.wait_for_function("""() => document.documentElement.scrollWidth<=innerWidth && [...document.querySelectorAll('.pg-controls button, .pg-controls select, .pg-controls input, .pg-panel, .pg textarea')]
-        .map(e => e.getBoundingClientRect()).every(r => r.width==0 || (r.left>=0 && r.right<=innerWidth+1))""", timeout=10_000)
+        .map(e => e.getBoundingClientRect()).every(r => r.width==0 || (r.left>=0 && r.right<=innerWidth+1))
+        && [...document.querySelectorAll('.pg button')].every(b => b.scrollWidth<=b.clientWidth+1)""", timeout=10_000)
 
 def test_voila(browser, engine, tmp_path):
     port = free_port(); address = f'http://127.0.0.1:{port}/'

@@ -83,7 +83,7 @@ def test_evaluate_matches_predict_and_is_remembered(pool):
     table = pool.evaluate(state, [t])
     assert table.loc[t, 'accuracy']==by_hand==table.loc['mean', 'accuracy']
     assert table.loc[t, 'normalised']==pytest.approx(by_hand/pool.info[t]['expert']['test'])
-    start = time.perf_counter(); pool.evaluate(state, [t]); assert time.perf_counter()-start<.5
+    start = time.perf_counter(); pool.evaluate(state, [t]); assert time.perf_counter()-start<2
     assert '%' in table._repr_html_()
 
 
