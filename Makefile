@@ -4,7 +4,7 @@ WORKERS ?= 2
 BIN     := .venv/bin
 STAMP   := .venv/.installed
 
-.PHONY: help run docs test check lab play pool language bench vision export clean-nbs save readme
+.PHONY: help run docs test check lab play pool language mergekit bench vision export clean-nbs save readme
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -23,6 +23,12 @@ docs: $(STAMP) ## the book as a static site in _docs/, from the outputs kept in 
 test: $(STAMP) ## execute every notebook's assertions, then tests/
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers $(WORKERS) --do-print --flags "$$($(BIN)/python -c 'from subspace_nb.book import has_gpu; print("cuda"*has_gpu())')"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile tests
+
+mergekit: .mergekit/.installed ## mergekit in an environment of its own; `make test` then compares with it
+.mergekit/.installed:
+	$(PYTHON) -m venv .mergekit
+	.mergekit/bin/python -m pip install --quiet --disable-pip-version-check 'mergekit==0.1.5' 'torch>=2.4,<2.14'
+	touch $@
 
 check: $(STAMP) ## do modules, notebooks and README still fit together?
 	$(BIN)/python -m subspace_nb.book check

@@ -39,9 +39,9 @@ plain = {'boosting': lambda ws, xs: algorithm_1(sum(ws), 0.), 'iso_c': lambda ws
 
 def time_plain(method, n, out, inp, device):
     "As `time_matrix`, for the plain way: one matrix."
-    taus, xs = random_experts(n, out, inp, 1, method=='esm')
+    taus, xs = random_experts(n, out, inp, 1, method=='esm', device)
     k = part_name(out, inp)
-    ws, xs = [t[k].to(device) for t in taus], [x[k].to(device) for x in xs if k in x]
+    ws, xs = [t[k] for t in taus], [x[k] for x in xs if k in x]
     seconds, mib = best_of(lambda: plain[method](ws, xs), device)
     return dict(count=1, each=float(f'{seconds:.4g}'), MiB=round(max(0., mib), 1))
 
@@ -55,7 +55,7 @@ def time_ours(method, n, out, inp, device):
 def time_blocks(method, n, blocks, width, device):
     "Whole blocks in one call: what the sum over matrices must come to."
     shapes = vit_shapes(width, blocks)
-    parts = [random_experts(n, *s, count=blocks) for s in dict.fromkeys(shapes.values())]
+    parts = [random_experts(n, *s, count=blocks, device=device) for s in dict.fromkeys(shapes.values())]
     taus = [TaskVector({k: w for p in parts for k, w in p[0][t].items()}) for t in range(n)]
     seconds, mib = best_of(lambda: methods[method].run(taus, [{}]*n, device), device, 2)
     return dict(took=round(seconds, 3), MiB=round(mib, 1))

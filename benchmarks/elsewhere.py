@@ -1,12 +1,13 @@
 """The same merge by this package, by mergekit and by fusion-bench, each in a process and an environment of its own, from the same files.
 
-    python benchmarks/elsewhere.py [--tools ours mergekit fusion-bench] [--experts 2 8 20] [--blocks 12] [--width 768] [--json FILE]
+    python benchmarks/elsewhere.py [--tools ours mergekit fusion-bench] [--experts 2 8 20] [--blocks N] [--width 768] [--json FILE]
                                    [--mergekit DIR] [--fusion-bench DIR]
 
 DIR is a virtual environment: `python -m venv DIR && DIR/bin/pip install mergekit` (or `fusion-bench`); default: `elsewhere/mergekit` and
 `elsewhere/fusion-bench` in the cache folder. Tools without one are left out.
-Base and experts are random tensors of ViT-B/32's shapes in safetensors folders, under transformers' names for mergekit, which asks
-transformers for a model's parameters. `took` is the wall clock of the whole process, reading,
+Base and experts are random tensors of the shapes of ViT-B/32's blocks in safetensors folders, four blocks beside mergekit and two beside
+fusion-bench unless `--blocks` says otherwise (`stored_blocks`: those of the rows that chapter 33 shows), under transformers' names for
+mergekit, which asks transformers for a model's parameters. `took` is the wall clock of the whole process, reading,
 writing and the start of the interpreter with its imports; `start` the imports alone, measured apart; `merging` what is left. `MiB` is the
 largest memory of the process that is no mapped file; `apart` the relative difference of its result to ours. mergekit gets its own
 configuration file; fusion-bench's algorithm classes run on a pool of modules. Rows that the file has are kept.
@@ -21,6 +22,7 @@ from subspace_nb.score import Results
 
 alphas = dict(task_arithmetic=.3, ties=1., tsv_m=1., iso_c=1.)
 tools = {'task_arithmetic': ('ours', 'mergekit'), 'ties': ('ours', 'mergekit'), 'tsv_m': ('ours', 'fusion-bench'), 'iso_c': ('ours', 'fusion-bench')}
+stored_blocks = dict(task_arithmetic=4, ties=4, tsv_m=2, iso_c=2)
 fusion_script = '''
 import sys, torch
 from safetensors.torch import load_file, save_file
@@ -112,7 +114,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--tools', nargs='+', choices=['ours', 'mergekit', 'fusion-bench'], default=['ours', 'mergekit', 'fusion-bench'])
     p.add_argument('--methods', nargs='+', choices=list(tools), default=list(tools)); p.add_argument('--experts', type=int, nargs='+', default=[2, 8, 20])
-    p.add_argument('--blocks', type=int, default=12); p.add_argument('--width', type=int, default=768); p.add_argument('--threads', type=int, default=torch.get_num_threads())
+    p.add_argument('--blocks', type=int, help='of the model; default: 4 beside mergekit, 2 beside fusion-bench'); p.add_argument('--width', type=int, default=768); p.add_argument('--threads', type=int, default=torch.get_num_threads())
     home = cache_folder()/'elsewhere'
     p.add_argument('--mergekit', default=home/'mergekit', help='its virtual environment'); p.add_argument('--fusion-bench', default=home/'fusion-bench', help='its virtual environment')
     p.add_argument('--folder', help='where to write the tensors; default: a temporary folder'); p.add_argument('--json', default='nbs/results/cost_elsewhere.json', help='file of the rows')
@@ -126,11 +128,11 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         for n in a.experts:
             for method in a.methods:
-                kit = 'mergekit' in tools[method]
-                top = Path(a.folder or scratch)/f"{a.width}x{a.blocks}{'-transformers' if kit else ''}"
-                todo = [t for t in tools[method] if t in a.tools and (envs[t]/'bin/python').exists() and not results.find(tool=t, method=method, experts=n, blocks=a.blocks)]
+                kit, blocks = 'mergekit' in tools[method], a.blocks or stored_blocks[method]
+                top = Path(a.folder or scratch)/f"{a.width}x{blocks}{'-transformers' if kit else ''}"
+                todo = [t for t in tools[method] if t in a.tools and (envs[t]/'bin/python').exists() and not results.find(tool=t, method=method, experts=n, blocks=blocks)]
                 if not todo: continue
-                base, experts = write_inputs(top, n, a.blocks, a.width, as_transformers if kit else dict)
+                base, experts = write_inputs(top, n, blocks, a.width, as_transformers if kit else dict)
                 for f in (base, *experts): (f/'model.safetensors').read_bytes()   # in the page cache for all
                 with tempfile.TemporaryDirectory(dir=top) as made:
                     made = Path(made)
@@ -140,7 +142,7 @@ def main():
                         took, mib = watched(run, a.threads, made/'log')
                         far = None if t=='ours' else float(f"{apart(made/t, made/'ours', base):.1e}")
                         row = lambda: dict(took=round(took, 2), start=round(starting[t], 2), merging=round(max(0., took-starting[t]), 2), MiB=round(mib), apart=far, version=version(t))
-                        r = results.row(row, tool=t, method=method, experts=n, blocks=a.blocks)
+                        r = results.row(row, tool=t, method=method, experts=n, blocks=blocks)
                         print(f"{t:14}{method:18}N = {n:<4}{r['took']:>8.2f} s, of which imports {r['start']:>5.2f} s{r['MiB']:>8} MiB   apart {r['apart']}", flush=True)
 
 

@@ -6,11 +6,14 @@ N random matrices n × n in float64 with a power-law spectrum. The definition bu
 and the nonsymmetric eigenproblem, then the left vectors; `hogsvd` does the same work with N factorizations and one symmetric
 eigenproblem. `seconds` is the wall clock; `CPU s` is the processor time of all threads, which other work on the machine leaves alone (on a
 GPU: the wall clock). `per expert` and `times`, the definition's time over ours, go by it. `rebuild` is the largest relative error of
-UᵢΣᵢVᵀ against its matrix, `values` the largest relative difference between the two ways' eigenvalues λ.
+UᵢΣᵢVᵀ against its matrix, `values` the largest relative difference between the two ways' eigenvalues λ. Last, the Alignment Matrix of the
+embedded pool: twenty experts, every matrix of the model.
 """
 import argparse, time
 import torch
 from measure import decay, timed
+from subspace_nb.alignment import alignment_by_matrix, mean_alignment
+from subspace_nb.experts import Pool
 from subspace_nb.hogsvd import hogsvd, quotient_mean
 from subspace_nb.score import environment, write_json
 from subspace_nb.tasks import default_device
@@ -57,6 +60,16 @@ def measure(count, n, pi, device):
     return [row('pairwise quotients', slow, error), row('hogsvd', fast, rebuild_error(mats, d.us, d.sigmas, d.v))]
 
 
+def whole_model(pi, device):
+    "Time of the Alignment Matrix over a whole model."
+    taus = Pool.embedded().task_vectors()
+    def run():
+        parts = alignment_by_matrix(taus, pi, device=device)
+        return len(parts), mean_alignment(parts)
+    wall, cpu, mib, (count, _) = clocked(run, device)
+    return dict(experts=len(taus), matrices=count, seconds=round(wall, 1), cpu=round(cpu, 1), MiB=round(mib))
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--experts', type=int, nargs='+', default=[4, 8, 20]); p.add_argument('--width', type=int, nargs='+', default=[128, 768])
@@ -72,7 +85,9 @@ def main():
             for r in measure(count, n, a.pi, device):
                 rows.append(r)
                 print(f"{r['method']:20}{r['n']:>5}{r['experts']:>9}{r['seconds']:>10.3f}{r['cpu']:>9.3f}{r['per_expert']:>12.4f}{r['times']:>7.1f}×{r['MiB']:>7}{r['rebuild']:>10.1e}{r['values']:>10.1e}", flush=True)
-    if a.json: write_json(a.json, dict(meta=dict(settings={k: v for k, v in vars(a).items() if k!='json'}, **environment()), rows=rows))
+    whole = whole_model(a.pi, device)
+    print(f"Alignment Matrix of {whole['experts']} experts over {whole['matrices']} matrices: {whole['seconds']} s, {whole['cpu']} CPU s, {whole['MiB']} MiB")
+    if a.json: write_json(a.json, dict(meta=dict(settings={k: v for k, v in vars(a).items() if k!='json'}, **environment()), rows=rows, alignment=whole))
 
 
 if __name__=='__main__': main()

@@ -79,7 +79,6 @@ def main():
     p.add_argument('--experts', type=int, default=8); p.add_argument('--blocks', type=int, default=12); p.add_argument('--width', type=int, default=768)
     p.add_argument('--methods', nargs='+', choices=list(ways), default=list(ways))
     p.add_argument('--device', default=str(default_device())); p.add_argument('--json', help='write the table here too')
-    p.add_argument('--note', default='', help='what else the table should say about this run')
     a = p.parse_args()
     device = torch.device(a.device)
     print(f"{a.experts} task vectors, {a.blocks} blocks, width {a.width}, float32, on {environment()['device']}, torch {torch.__version__}", flush=True)

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['higher_order', 'merges', 'methods', 'coefficients', 'first_part', 'betas', 'alphas', 'slopes', 'Settings', 'Factors',
            'Stopped', 'Kept', 'Engine', 'code', 'Latest', 'Shown', 'Panel', 'paint_spectrum', 'paint_ranks',
-           'paint_accuracy', 'paint_alignment', 'GridSlider', 'Playground', 'write_notebook', 'serve', 'main']
+           'paint_accuracy', 'paint_alignment', 'unseen', 'GridSlider', 'Playground', 'write_notebook', 'free_port',
+           'serve', 'main']
 
 # %% ../nbs/40_playground.ipynb #a4d77e50
-import argparse, atexit, json, os, queue, subprocess, sys, tempfile, threading, time, traceback
+import argparse, atexit, json, os, queue, socket, subprocess, sys, tempfile, threading, time, traceback
 import asyncio
 from collections import OrderedDict
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ from .tasks import TaskVector, attention_modes, block_index, in_block, join_rows
 from .experts import Pool, Scores, remembered, write_state
 from .merge import average, consensus, lines, task_arithmetic, ties
 from . import plots
-from .widgets import img, png
+from .widgets import copy_button, img, page_script, png
 from .score import climb, geometric_grid
 from .collapse import component
 from .boost import is_attention
@@ -208,6 +209,11 @@ class Engine:
             if e not in self._inputs: self._inputs[e] = self.pool.inputs(e)
         return [self._inputs[e] for e in experts]
 
+    def _keep(self, cache, key, make): # what is there is handed out at once, whatever else is being merged
+        try: cache.move_to_end(key); return cache[key]
+        except KeyError: pass
+        with self.lock: return cache.get_or(key, make)
+
     def merged(self,
         s:Settings, # of which only method and experts count
     )->TaskVector: # before boosting, LiNeS and alpha; for Higher-Order boosting the plain sum
@@ -218,7 +224,7 @@ class Engine:
             if s.method=='average': return self.total(s.experts)/len(taus)
             if s.method=='ESM': return esm(taus, self.inputs(s.experts))
             return merges[s.method](taus)
-        with self.lock: return self._merged.get_or((s.method, s.experts), make)
+        return self._keep(self._merged, (s.method, s.experts), make)
 
     def _key(self, s): return s.method, s.experts, s.attention
 
@@ -233,7 +239,7 @@ class Engine:
                 dws = torch.stack([t[k][rows] for t in taus]).to(self.pool.device)
                 return Factors.shared(dws) if shared else Factors.of(dws[0])
             return {label: one(k, rows) for k, v in taus[0].items() if in_block(k, v) for label, rows in row_slices(k, v, s.attention)}
-        with self.lock: return self._factors.get_or(self._key(s), make)
+        return self._keep(self._factors, self._key(s), make)
 
     def ready(self,
         s:Settings,
@@ -449,16 +455,19 @@ class Shown(w.Box):
         super().__init__([self.html], layout=dict(grid_area=area))
         self.add_class('pg-panel'); self.add_class(f'pg-at-{area}'); self.hide()
 
-    def hide(self):
+    def hide(self,
+        empty:bool=False, # whether nothing is on its way
+    ):
         "What is shown belongs to other settings."
         if not self.stale: self.stale = True; self.add_class('pg-stale')
+        (self.add_class if empty else self.remove_class)('pg-empty')
 
     def show(self,
         html:str, # what to show
     ):
         "Show it."
         self.html.value = html
-        if self.stale: self.stale = False; self.remove_class('pg-stale')
+        if self.stale: self.stale = False; self.remove_class('pg-stale'); self.remove_class('pg-empty')
 
 class Panel(Shown):
     "A matplotlib panel."
@@ -555,6 +564,9 @@ alphas = tuple(geometric_grid(.02, 3.62, 2**.25))
 slopes = (0., *geometric_grid(.02, 3.62, 2**.25))
 _modes = {'whole': 'full_attn', 'per q, k, v': 'per_qkv', 'per head': 'per_head'}
 
+def unseen(*controls): # what tells a screen reader their names takes no room
+    for c in controls: c.add_class('pg-unseen')
+
 class GridSlider(w.VBox):
     "A switch, a slider over uneven values, a number, and marks below; switched off its value is None."
     value = Float(None, allow_none=True)
@@ -572,11 +584,12 @@ class GridSlider(w.VBox):
         self.grid, self.inverted, self._busy = grid, inverted, False
         near = lambda v: min(range(len(grid)), key=lambda i: abs(grid[i]-v))
         self.near = near
-        self.slider = w.IntSlider(near(on), 0, len(grid)-1, readout=False, tooltip=tip, layout=dict(flex='1 1 auto', width='auto', min_width='60px', margin='0'))
-        self.number = w.Text('', disabled=False, continuous_update=False, tooltip=f'{tip}: any value, then Enter', layout=dict(flex='0 0 58px', width='58px', margin='0'))
+        self.slider = w.SelectionSlider(options=[(f'{v:.4g}', i) for i, v in enumerate(grid)], value=near(on), description=name, readout=False, tooltip=tip, layout=dict(flex='1 1 auto', width='auto', min_width='60px', margin='0'))
+        self.number = w.Text('', description=f'{name}: number', continuous_update=False, tooltip=f'{tip}: any value, then Enter', layout=dict(flex='0 0 58px', width='58px', margin='0'))
         self.switch = w.Checkbox(False, description=name, indent=False, tooltip=tip, disabled=not switch, layout=dict(flex='0 0 98px', width='98px', margin='0')) if switch \
             else w.Label(name, layout=dict(flex='0 0 98px', width='98px', margin='0'))
         self._last = on
+        unseen(self.slider, self.number)
         row = w.HBox([self.switch, self.slider, self.number], layout=dict(align_items='center', width='100%', margin='0'))
         ticks = ''.join(f'<span style="left:{100*near(v)/(len(grid)-1):.1f}%">{escape(t)}</span>' for v, t in marks.items())
         super().__init__([row]+([w.HTML(f'<div class="pg-marks" aria-hidden="true">{ticks}</div>', layout=dict(margin='0'))] if marks else []), layout=dict(width='100%', margin='0', overflow='visible'))
@@ -589,8 +602,10 @@ class GridSlider(w.VBox):
         if not self._busy: self.value = self.grid[change.new]
     def _typed(self, change):
         if self._busy: return
-        try: self.value = float(change.new)
-        except ValueError: self._follow()
+        try: v = float(change.new)
+        except ValueError: v = None
+        if v is not None and isfinite(v): self.value = v
+        self._follow()
     def _switched(self, change):
         if not self._busy: self.value = self._last if change.new!=self.inverted else None
     def _follow(self, _=None): # the controls show the value
@@ -614,6 +629,7 @@ _css = """<style>
 .pg .pg-panel img {width:100%; height:auto; display:block}
 .pg .pg-stale > * {visibility:hidden}
 .pg .pg-stale::after {content:'computing …'; position:absolute; inset:0; display:flex; align-items:center; justify-content:center; color:#555; font:16px sans-serif}
+.pg .pg-empty::after {content:'nothing to show'}
 .pg .pg-controls {background:#f6f6f4; border:1px solid var(--pg-line); border-radius:6px; padding:6px 8px; color:#111; overflow:visible}
 .pg .pg-controls label, .pg .pg-controls .widget-label, .pg .pg-controls .jupyter-widgets label {color:#111}
 .pg .pg-marks {position:relative; height:14px; margin:-4px 67px 0 107px; font:11px/14px sans-serif; color:#333}
@@ -625,7 +641,8 @@ _css = """<style>
 .pg .pg-head b {font-size:19px}
 .pg .pg-busy {color:#8a4b00} .pg .pg-busy::before {content:'◐ '; display:inline-block}
 .pg .pg-done {color:#00553d} .pg .pg-done::before {content:'● '}
-.pg .pg-error {background:#fff0ec; border:1px solid #D55E00; border-radius:6px; color:#7a2b00; font:15px/1.35 sans-serif; padding:6px 10px; white-space:pre-wrap}
+.pg .pg-error {background:#fff0ec; border:1px solid #D55E00; border-radius:6px; color:#7a2b00; font:15px/1.35 sans-serif; padding:2px 10px; white-space:pre-wrap; overflow-wrap:anywhere}
+.pg .pg-saved {display:block; font:12px/1.3 sans-serif; word-break:break-all}
 .pg .pg-images {display:grid; grid-template-columns:repeat(4,minmax(0,1fr)); gap:3px; padding:3px 5px; font:12px/1.15 sans-serif; color:#111}
 .pg .pg-images figure {margin:0; border:2px solid; border-radius:4px; padding:2px; text-align:center; overflow:hidden; background:#fff}
 .pg .pg-images .right {border-color:#0072B2} .pg .pg-images .wrong {border-color:#D55E00; border-style:dashed}
@@ -634,6 +651,7 @@ _css = """<style>
 .pg .pg-images figcaption {white-space:nowrap; overflow:hidden; text-overflow:ellipsis}
 .pg .pg-title {text-align:center; font:13px sans-serif; color:#000; padding-top:4px}
 .pg select, .pg textarea, .pg input {font-size:13px}
+.pg .pg-unseen .widget-label, .pg .pg-unseen .widget-readout {position:absolute; width:1px; height:1px; min-width:0; margin:0; overflow:hidden; clip-path:inset(50%)}
 .pg .widget-checkbox label {overflow:visible; display:flex; align-items:center}
 .pg .widget-checkbox input {margin:0 5px 0 2px}
 .pg .pg-mono textarea, .pg .pg-mono select {font-family:monospace; font-size:12.5px}
@@ -675,11 +693,11 @@ class Playground(w.VBox):
         **settings, # first values of the traits
     ):
         self.engine, self.pool, self._turn = Engine(pool), pool, threading.RLock()
-        self.timings, self.history, self.pinned, self.error = {}, [], None, None
+        self.timings, self.history, self.pinned, self.error, self._given_up, self._aligned = {}, [], None, None, False, None
         self._latest, self._aside, self._inbox, self._number, self._on_screen, self._quiet, self._sample = Latest(), Latest(0.), queue.Queue(), 0, {}, 0, 0
         try: self._loop = asyncio.get_running_loop()
         except RuntimeError: self._loop = None
-        self._exemplars = {}
+        self._exemplars, self._answered = {}, None
         first = self.engine.labels('per_qkv')
         self._quiet = 1
         super().__init__(layout=dict(width='100%'))
@@ -696,6 +714,11 @@ class Playground(w.VBox):
 
     @validate('beta', 'attention_beta')
     def _check_beta(self, proposal): return proposal.value if proposal.value is None else check_share(proposal.value, proposal.trait.name)
+
+    @validate('alpha', 'slope')
+    def _check_coefficient(self, proposal):
+        if proposal.value!='auto': _check_number(proposal.value, proposal.trait.name)
+        return proposal.value
 
     @validate('experts')
     def _check_experts(self, proposal):
@@ -748,9 +771,10 @@ class Playground(w.VBox):
         where = '' if isinstance(e, (ValueError, TypeError, KeyError, OSError)) else ''.join(traceback.format_tb(e.__traceback__)[-1:])
         self._error.value = f'<div class="pg-error" role="alert">{escape(self.error+(chr(10)+where if where else ""))}</div>'
         self._error.layout.display = ''
+        self._write()
 
     def _clear_error(self):
-        if self.error is not None: self.error, self._error.value = None, ''; self._error.layout.display = 'none'
+        if self.error is not None: self.error, self._error.value = None, ''; self._error.layout.display = 'none'; self._write()
 
     @_in_turn
     def _changed(self, change=None):
@@ -759,15 +783,17 @@ class Playground(w.VBox):
         self._number = self._latest.submit(None)
         self._on_screen, self.timings = {}, {'start': t}
         for panel in (self._accuracy, self._pictures): panel.hide()
+        self._given_up = False
         self._clear_error(); self._say('merging')
         with self._guard():
+            self._show_alignment()
             if self.layer not in self.engine.labels(self.attention):
                 self.layer = next(l for l in self.engine.labels(self.attention) if l.partition('[')[0]==self.layer.partition('[')[0])
             self._match_layers()
             s = self.settings()
+            self._show_code(self.engine.fixed(s))
             if self.engine.ready(s): self._show_factors(s)
             else: self._spectrum.hide(); self._ranks.hide()
-            self._show_alignment()
             self._number = self._latest.submit(lambda stopped, number=self._number+1: self._work(s, number, stopped))
         if self.error: self._give_up()
 
@@ -805,18 +831,23 @@ class Playground(w.VBox):
             if kind=='suggest': self.experts = list(what[0])
             if kind=='factors' and 'stable_rank' not in self._on_screen: self._show_factors(*what)
             if kind=='stage': self._say(*what)
-            if kind=='settled': self._on_screen['settled'] = what[0]; self._tell_coefficient(what[0])
+            if kind=='settled': self._on_screen['settled'] = what[0]; self._tell_coefficient(what[0]); self._show_code(what[0])
             if kind=='accuracy': self._show_accuracy(*what)
             if kind=='done': self._finish()
             if kind=='error': raise what[0]
         except Exception as e:
             self._fail(e)
             if number: self._give_up()
+            elif not self._aligned: self._alignment.hide(empty=True)
 
     def _give_up(self): # nothing belongs to these settings
-        self._number, self._on_screen = self._latest.submit(None), {}
-        for panel in (self._spectrum, self._ranks, self._accuracy, self._pictures): panel.hide()
-        self._say(None)
+        self._number, self._on_screen, self._given_up = self._latest.submit(None), {}, True
+        for panel in (self._spectrum, self._ranks, self._accuracy, self._pictures): panel.hide(empty=True)
+        self._show_code(None); self._say(None)
+        if 'alignment' not in self.engine._known: self._align()
+
+    def _show_code(self, s): # None: nothing yet, or nothing at all
+        self._code.value = '' if s is None else code(s, self.pool.tasks)
 
     def _clock(self, name): self.timings.setdefault(name, time.perf_counter()-self.timings.get('start', time.perf_counter()))
 
@@ -851,6 +882,7 @@ class Playground(w.VBox):
         self._accuracy.draw(lambda ax: paint_accuracy(ax, table, base, self._pin('accuracy'), f"Accuracy: mean {table.loc['mean', 'normalised']:.1%} of the experts'{total}"),
                             '; '.join(f'{t} {v:.1%}' for t, v in table.normalised.items()), again=False)
         if images: self._pictures.show(self._picture_rows(s, answers))
+        else: self._pictures.hide(empty=True)
         self._clock('accuracy'); self._write()
 
     def _finish(self):
@@ -860,7 +892,6 @@ class Playground(w.VBox):
             self.history.append(dict(settings=s, asked=self.settings(), accuracy=float(on['accuracy'].loc['mean', 'accuracy']), normalised=float(on['accuracy'].loc['mean', 'normalised']),
                                      stable_rank=float(on['stable_rank'].after.mean())))
             self._list_history()
-        self._code.value = code(s, self.pool.tasks)
         if 'alignment' not in self.engine._known: self._align()
 
     def _align(self, k=None): # the Alignment Matrix, and experts by it
@@ -873,9 +904,9 @@ class Playground(w.VBox):
 
     def _show_alignment(self):
         a = self.engine._known.get('alignment')
-        if a is None or len(self.experts)<2: self._alignment.hide(); return
+        if a is None or len(self.experts)<2: self._aligned = None; self._alignment.hide(empty=len(self.experts)<2); return
         at = [self.pool.tasks.index(e) for e in self.experts]
-        if getattr(self, '_aligned', None)==at: return
+        if self._aligned==at: return
         off = a[~torch.eye(len(a), dtype=torch.bool)]
         part = a[at][:, at]
         mean = float(part.sum()/(len(at)*(len(at)-1)))
@@ -903,9 +934,10 @@ class Playground(w.VBox):
                  f"stable rank {number('rank-before', f'{ranks.before.mean():.2f}')} → {number('rank-after', f'{ranks.after.mean():.2f}')}" if ranks is not None else 'stable rank …']
         if on.get('spectrum_before') is not None:
             parts.append(f"σ₁ = {number('top', f'''{float(on['spectrum_before'][0]):.4f}''')}, σᵣ = {number('low-before', f'''{float(on['spectrum_before'][-1]):.4f}''')} → {number('low-after', f'''{float(on['spectrum_after'][-1]):.4f}''')}")
-        state = f'<span class="pg-busy">{escape(self._stage or "")}</span>' if self.busy else '<span class="pg-done">up to date</span>' if not self.error else '<span class="pg-busy">not computed</span>'
+        state = f'<span class="pg-busy">{escape(self._stage or "")}</span>' if self.busy else '<span class="pg-busy">not computed</span>' if self._given_up else '<span class="pg-done">up to date</span>'
         pinned = f"<br>A: {escape(str(self.pinned['settled']))}, {self.pinned['accuracy'].loc['mean', 'normalised']:.2%}" if self.pinned else ''
-        self._headline.value = f'<div class="pg-head" role="status"><span class="pg-settings">{escape(text)}</span> {state}<br>{" · ".join(parts)}{pinned}</div>'
+        numbers = '' if self.error else f'<br>{" · ".join(parts)}'          # an error stands in their place
+        self._headline.value = f'<div class="pg-head" role="status"><span class="pg-settings">{escape(text)}</span> {state}{numbers}{pinned}</div>'
 
     # -- what the buttons do ----------------------------------------------------------------------------------------------------
 
@@ -938,13 +970,13 @@ class Playground(w.VBox):
         "Keep what is on screen as A, or let go of it."
         if self.pinned: self.pinned = None
         else:
-            if self.busy or self.error: raise ValueError("pin: wait until the numbers on screen are there")
+            if self.busy or self._given_up: raise ValueError("pin: wait until the numbers on screen are there")
             self.pinned = dict(self._on_screen, asked=self.settings())
         self._pin_button.description = 'Unpin A' if self.pinned else 'Pin as A'
         with self._guard():
-            s, on = self.settings(), self._on_screen
-            self._show_factors(s)
-            if on.get('accuracy') is not None: self._redraw_accuracy()
+            if self._on_screen.get('stable_rank') is not None: self._show_factors(self.settings())
+            if self._on_screen.get('accuracy') is not None: self._redraw_accuracy()
+            self._write()
 
     def _redraw_accuracy(self):
         s, table, images = self._on_screen['settled'], self._on_screen['accuracy'], self._on_screen['images']
@@ -995,18 +1027,20 @@ class Playground(w.VBox):
         button = lambda text, do, tip, **kw: self._button(text, do, tip, **kw)
         counts = [n for n in (8, 14, 20) if n<=len(self.pool.tasks)]
         firsts = [button(f'first {n}', lambda n=n: setattr(self, 'experts', self.pool.tasks[:n]), f'tick the first {n}') for n in counts]+[button('none', lambda: setattr(self, 'experts', []), 'tick none')]
-        self._k = w.BoundedIntText(min(8, len(self.pool.tasks)), min=2, max=max(2, len(self.pool.tasks)), layout=dict(width='58px', margin='2px'), tooltip='how many experts to suggest')
+        self._k = w.BoundedIntText(min(8, len(self.pool.tasks)), min=2, max=max(2, len(self.pool.tasks)), description='how many experts', layout=dict(width='58px', margin='2px'), tooltip='how many experts to suggest')
         suggest = button('suggest by alignment', lambda: self._align(self._k.value), 'tick the k experts that the Alignment Matrix prefers')
         self._pin_button = button('Pin as A', self.pin, 'keep these settings for comparison')
-        self._file = w.Text('merged.safetensors', layout=dict(flex='1 1 auto', width='auto', margin='2px'), tooltip='file name')
+        self._file = w.Text('merged.safetensors', description='file name', layout=dict(flex='0 0 auto', width='auto', margin='2px'), tooltip='file name')
         self._overwrite = w.Checkbox(False, description='overwrite', indent=False, layout=dict(width='92px', margin='2px'))
         self._saved = w.HTML()
-        self._code = w.Textarea('', disabled=False, layout=dict(width='100%', height='112px', margin='0'), tooltip='code that reproduces the settings'); self._code.add_class('pg-mono')
-        self._tried = w.Select(options=[], layout=dict(width='100%', height='112px', margin='0'), tooltip='what was tried; choose one to go back to it'); self._tried.add_class('pg-mono')
+        self._code = w.Textarea('', description='code', layout=dict(width='100%', height='112px', margin='0'), tooltip='code that reproduces the settings'); self._code.add_class('pg-mono')
+        self._tried = w.Select(options=[], description='tried', layout=dict(width='100%', height='112px', margin='0'), tooltip='what was tried; choose one to go back to it'); self._tried.add_class('pg-mono')
         self._tried.observe(self._go_back, 'value')
+        unseen(self._k, self._file, self._code, self._tried)
+        self._other_images_button = button('Other images', self._other_images, 'show other test images')
         self._save_clicked_button = button('Save', self._save_clicked, 'write the merged model')
         half = lambda *some: w.HBox(list(some), layout=dict(width='100%', margin='0', flex='0 0 auto', align_items='center', overflow='hidden'))
-        controls = w.VBox([half(button('Reset', self.reset, 'back to how it began'), self._pin_button, button('Other images', self._other_images, 'show other test images')),
+        controls = w.VBox([half(button('Reset', self.reset, 'back to how it began'), self._pin_button, self._other_images_button),
                            self._method, self._beta, self._attention_beta, self._attention, self._alpha, self._slope, half(self._block, self._component),
                            half(*firsts), half(suggest, self._k), ticks], layout=dict(grid_area='controls', margin='0'))
         controls.add_class('pg-controls')
@@ -1015,19 +1049,19 @@ class Playground(w.VBox):
         self._headline, self._error = w.HTML(layout=dict(margin='0', width='100%')), w.HTML(layout=dict(margin='0', display='none'))
         head = w.VBox([self._headline, self._error], layout=dict(grid_area='head', margin='0'))
         tabs = w.HBox([w.VBox([w.HTML('<b>Tried</b>: accuracy, rank, settings'), self._tried], layout=dict(flex='1 1 0', min_width='0')),
-                       w.VBox([w.HTML('<b>As code</b>'), self._code], layout=dict(flex='1 1 0', min_width='0')),
+                       w.VBox([w.HBox([w.HTML('<b>As code</b>'), copy_button('the code')], layout=dict(justify_content='space-between', margin='0', overflow='hidden')), self._code], layout=dict(flex='1 1 0', min_width='0')),
                        w.VBox([w.HTML('<b>Save</b> the merged model'), self._file, half(self._overwrite, self._save_clicked_button), self._saved], layout=dict(flex='.7 1 0', min_width='0', justify_content='flex-start'))], layout=dict(grid_area='below', margin='0', overflow='hidden'))
         third = 'minmax(0, 1fr)'
         grid = w.GridBox([controls, head, self._spectrum, self._ranks, self._alignment, self._accuracy, self._pictures, tabs], layout=dict(width='100%', grid_gap='5px', grid_template_columns=f'318px {third} {third} {third}',
             grid_template_rows='auto auto auto 1fr', grid_template_areas='"controls head head head" "controls spectrum ranks alignment" "controls accuracy accuracy images" "controls below below below"'))
         grid.add_class('pg-grid'); tabs.add_class('pg-below')
-        self.children = [w.HTML(_css, layout=dict(display='none')), grid]
+        self.children = [w.HTML(_css, layout=dict(display='none')), grid, page_script()]
         self.add_class('pg')
         self._stage = None
 
     def _button(self, text, do, tip):
         def clicked(_):
-            self._clear_error()
+            if not self._given_up: self._clear_error()                     # else it says why nothing is shown
             with self._guard(): do()
         b = w.Button(description=text, tooltip=tip, layout=dict(flex='1 1 auto', width='auto', min_width='0', margin='2px 2px'))
         b.style.font_size = '13px'
@@ -1085,12 +1119,12 @@ class Playground(w.VBox):
 
     def _go_back(self, change):
         with self._guard():
-            if change.new is not None: self.restore(self._order[change.new]['settings'])
+            if change.new is not None: self.restore(self._order[change.new]['settings']); self._tried.value = None     # so that it can be chosen again
 
     def _save_clicked(self):
         self._saved.value = ''
         path = self.save(self._file.value, self._overwrite.value)
-        self._saved.value = f'<span class="pg-saved">saved {escape(str(path))}, {path.stat().st_size/2**20:.1f} MiB</span>'
+        self._saved.value = f'<span class="pg-saved">saved {escape(str(path.resolve()))}, {path.stat().st_size/2**20:.1f} MiB</span>'
 
     def _other_images(self):
         self._sample += 1
@@ -1118,9 +1152,10 @@ class Playground(w.VBox):
 # %% ../nbs/40_playground.ipynb #494a7245
 def write_notebook(
     path:Path, # where to
+    folder:str|Path='.', # where its kernel works, and saves
 )->Path: # `path`
     "The notebook that holds the playground and nothing else."
-    source = 'from subspace_nb.experts import Pool\nfrom subspace_nb.app import Playground\nPlayground(Pool.embedded())'
+    source = f'import os\nos.chdir({str(Path(folder).resolve())!r})\nfrom subspace_nb.experts import Pool\nfrom subspace_nb.app import Playground\nPlayground(Pool.embedded())'
     cell = dict(cell_type='code', id='playground', execution_count=None, metadata={}, outputs=[], source=source)
     kernel = dict(display_name='Python 3', language='python', name='python3')
     path.write_text(json.dumps(dict(cells=[cell], metadata=dict(kernelspec=kernel, language_info=dict(name='python')), nbformat=4, nbformat_minor=5)), encoding='utf-8')
@@ -1129,27 +1164,42 @@ def write_notebook(
 _template = """{%- extends 'lab/index.html.j2' -%}
 {%- block notebook_css -%}{{ super() | replace('href="https://', 'data-href="https://') }}{%- endblock notebook_css -%}"""
 
+def free_port(
+    first:int, # where to begin
+    tries:int=50, # how many to try
+)->int: # the first that nobody listens to
+    "A port of the loopback."
+    for port in range(first, min(first+tries, 65536)):
+        with socket.socket() as s:
+            if os.name=='posix': s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)    # as the server does; a port just left is free
+            try: s.bind(('127.0.0.1', port)); return port
+            except OSError: pass
+    raise OSError(f"port: none is free from {first} to {first+tries-1}; name another")
+
 def serve(
-    port:int=8866, # of the loopback
+    port:int=8866, # of the loopback; the next free one if it is taken
 )->int: # exit status
     "The playground in Voilà, until it is interrupted; the page asks no other machine for anything."
+    port = free_port(port)
     with tempfile.TemporaryDirectory() as folder:
         page, template = write_notebook(Path(folder)/'playground.ipynb'), Path(folder)/'voila/templates/playground/index.html.j2'
         template.parent.mkdir(parents=True); template.write_text(_template, encoding='utf-8')
         template.with_name('conf.json').write_text('{"base_template": "lab"}')
         print(f'The playground is at http://127.0.0.1:{port}/ (Ctrl+C ends it)', flush=True)
         env = os.environ | {'JUPYTER_PREFER_ENV_PATH': '1', 'JUPYTER_PATH': os.pathsep.join(filter(None, [folder, os.environ.get('JUPYTER_PATH')]))}
-        command = [sys.executable, '-m', 'voila', str(page), '--no-browser', f'--port={port}', '--Voila.ip=127.0.0.1', '--template=playground', '--theme=light',
+        command = [sys.executable, '-m', 'voila', str(page), '--no-browser', f'--port={port}', '--Voila.port_retries=0', '--Voila.ip=127.0.0.1', '--template=playground', '--theme=light',
                    "--VoilaConfiguration.extension_denylist=['@voila-dashboards/jupyterlab-preview', 'jupyterlab-jupytext']"]
         try: return subprocess.run(command, env=env).returncode
         except KeyboardInterrupt: return 0
 
+# %% ../nbs/40_playground.ipynb #b58c773c
 def main(
     argv:list|None=None, # arguments; None: those of the command line
 )->int: # exit status
     "`python -m subspace_nb.app [--port 8866]`"
     ap = argparse.ArgumentParser(prog='python -m subspace_nb.app', description='Serve the playground through Voilà on this machine.')
     ap.add_argument('--port', type=int, default=8866)
-    return serve(ap.parse_args(argv).port)
+    try: return serve(ap.parse_args(argv).port)
+    except (OSError, OverflowError) as e: ap.error(str(e))
 
 if __name__=='__main__' and __spec__: sys.exit(main()) # in a notebook there is no __spec__

@@ -151,14 +151,15 @@ def random_experts(
     inp:int, # columns
     count:int=1, # matrices of each, in blocks of their own
     proxy:bool=False, # whether to make layer inputs; an output projection gets none
+    device='cpu', # where they are to lie; their numbers are the same everywhere
 )->tuple: # task vectors; per expert: parameter name -> (proxy_rows, in)
     "Task vectors with a falling spectrum, each turned its own way."
     taus, xs, names = [], [], [part_name(out, inp, b) for b in range(count)]
     for t in range(check_experts(n)):
         rng = torch.Generator().manual_seed(t)
         turn = torch.linalg.qr(torch.randn(min(out, inp), min(out, inp), generator=rng))[0]
-        taus.append(TaskVector({k: random_matrix((out, inp), turn, 'power', rng) for k in names}))
-        xs.append({k: torch.randn(proxy_rows, inp, generator=rng)*decay(inp) for k in names} if proxy and out!=inp else {})
+        taus.append(TaskVector({k: random_matrix((out, inp), turn, 'power', rng) for k in names}).to(device))
+        xs.append({k: (torch.randn(proxy_rows, inp, generator=rng)*decay(inp)).to(device) for k in names} if proxy and out!=inp else {})
     return taus, xs
 
 def best_of(
@@ -184,7 +185,7 @@ def time_matrix(
     "One measurement: a method on random matrices of one shape."
     m, count = check_method(method), torch.get_num_threads() if count is None else count
     device = default_device() if device is None else torch.device(device)
-    taus, xs = random_experts(n, out, inp, count, method=='esm')
+    taus, xs = random_experts(n, out, inp, count, method=='esm', device)          # there before the clock starts
     seconds, mib = best_of(lambda: m.run(taus, xs, device), device, repeats)
     return dict(method=method, experts=n, out=out, inp=inp, count=count, each=float(f'{seconds/count:.4g}'), MiB=round(max(0., mib), 1))
 
@@ -316,15 +317,17 @@ class Calibration:
 
     def __repr__(self): return f"Calibration({len(self.rows)} measurements of {len({r['method'] for r in self.rows})} methods; {self.meta.get('device', 'machine not known')})"
 
+def _listed(names, default): return list(default if names is None else [names] if isinstance(names, str) else names)
+
 def calibrate(
-    names:Iterable|None=None, # of methods; None: all
+    names:Iterable|str|None=None, # of methods, or of one; None: all
     widths:Iterable=(96, 192, 384), # of transformers whose matrices are measured
     experts:Iterable=(2, 6), # numbers of experts
     device=None, # where to compute; None: a GPU where there is one
     desc:str|None=None, # show a progress bar with this text
 )->Calibration: # of this machine, with as many threads as torch has now
     "Measure methods on small matrices, in some seconds."
-    names = list(methods if names is None else [names] if isinstance(names, str) else names)
+    names = _listed(names, methods)
     for m in names: check_method(m)
     names = list(dict.fromkeys(['task_arithmetic', *names]))
     wide = lambda m, w: w if methods[m].side else 4*w                            # entries are cheap, and small matrices of them fit into a cache
@@ -370,10 +373,10 @@ def plan(
     model:Mapping, # parameter name -> shape or tensor
     n:int, # experts
     calibration:Calibration, # of the machine that will merge
-    names:Iterable|None=None, # of methods; None: all that were calibrated
+    names:Iterable|str|None=None, # of methods, or of one; None: all that were calibrated
 )->pd.DataFrame: # per method: seconds, MiB, measured share, beyond; the fastest first
     "What each method would take."
-    names = list(dict.fromkeys(r['method'] for r in calibration.rows)) if names is None else list(names)
+    names = _listed(names, dict.fromkeys(r['method'] for r in calibration.rows))
     got = {m: estimate(model, n, m, calibration) for m in names}
     rows = {m: dict(seconds=e.seconds, MiB=e.MiB, measured=e.measured, beyond=e.beyond) for m, e in got.items()}
     return pd.DataFrame.from_dict(rows, orient='index').sort_values('seconds').rename_axis('method')

@@ -225,11 +225,11 @@ def _differs(ex, fn, i): # '' or what differs; None: not written yet
     mine = fresh(args)
     try:
         with _seeded(): got = fn(*mine)
-    except NotImplementedError: return None
+    except NotImplementedError as e: return _complaint(fn, e) if str(e) else None # torch says what it has no kernel for
     except Exception as e: return _complaint(fn, e)
     if got is ...: return None
     want = ex.answer(i)
-    if got is None and want is not None: return None
+    if got is None and want is not None: return 'your function returned nothing: is a `return` missing?'
     if changed := next((n for n, a, b in zip(ex.names, mine, args) if _changed(a, b)), None): return f"your function writes into {changed}; work on a copy"
     if ex.judge is None: return difference(got, want, ex.tol)
     try: return ex.judge(got, want, *fresh(args)) or ''

@@ -139,7 +139,10 @@ def sha256(
     path:str|Path, # a file
 )->str: # hexadecimal
     "Hash of a file."
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+    digest = hashlib.sha256()
+    with open(path, 'rb') as f:
+        for part in iter(lambda: f.read(2**20), b''): digest.update(part)
+    return digest.hexdigest()
 
 def read_state(
     src:str|Path|Mapping, # a .safetensors file, a torch file that holds nothing but weights, or a state dict

@@ -7,10 +7,10 @@ __all__ = ['dtype_names', 'layouts', 'weight_files', 'clip_models', 'tall_masks_
            't5_base', 't5_tasks', 'Entry', 'read_header', 'read_entry', 'read_pickle', 'Layout', 'unit_shape',
            'recognise', 'find_weights', 'read_index', 'Checkpoint', 'join_qkv', 'split_qkv', 'to_open_clip',
            'from_open_clip', 'Adapter', 'boost_factors', 'sum_factors', 'merge_adapters', 'save_adapter', 'hub_ids',
-           'fetch', 'commit_of', 'image_tower', 'HubExpert', 'pool_from_hub', 'zero_shot_head']
+           'fetch', 'locate', 'commit_of', 'image_tower', 'HubExpert', 'pool_from_hub', 'zero_shot_head']
 
 # %% ../nbs/32_checkpoints.ipynb #1eb4cd0c
-import json, mmap, os, pickle, re, zipfile
+import errno, json, mmap, os, pickle, re, zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
@@ -354,9 +354,12 @@ class Checkpoint(Mapping):
 
     @property
     def companions(self)->list: # configuration, tokenizer, preprocessor, licence: what a merged model needs as well
-        "The other files of the folder."
+        "The other files of the folder, and those of folders below it that hold small files only and no weights (sentence-transformers' 1_Pooling)."
         if not self.path.is_dir(): return []
-        return sorted(f for f in self.path.iterdir() if f.is_file() and not _weights.search(f.name) and not f.name.startswith('.'))
+        seen = lambda d: [f for f in d.iterdir() if not f.name.startswith('.')]
+        plain = lambda f: f.is_file() and not _weights.search(f.name)
+        below = [seen(d) for d in seen(self.path) if d.is_dir()]
+        return sorted(f for fs in (filter(plain, seen(self.path)), *(fs for fs in below if all(plain(f) and f.stat().st_size<2**20 for f in fs))) for f in fs)
 
     @property
     def activation(self)->str|None: # such as "quick_gelu"; None: the files do not say
@@ -610,6 +613,8 @@ def hub_ids(
              'tall_masks': lambda t: ('nik-dim/tall_masks', f'single_task/{clip_models[name]}/{t}Val/nonlinear_finetuned.pt')}
     return (f'openai/{name}', None), {t: where[family](t) for t in tasks}
 
+_companions = ['*.json', '*.txt', '*.model', '*.jinja'] # configuration and tokenizer
+
 def fetch(
     repo:str, # "owner/name"
     file:str|None=None, # one file; None: weights and configuration
@@ -625,19 +630,30 @@ def fetch(
     try:
         if file: return Path(hub.hf_hub_download(repo, file, **options))
         if kind=='dataset': return Path(hub.snapshot_download(repo, repo_type='dataset', allow_patterns=patterns, **options))
-        root = Path(hub.snapshot_download(repo, allow_patterns=['*.json', '*.safetensors', '*.txt'], **options))
+        root = Path(hub.snapshot_download(repo, allow_patterns=['*.safetensors', *_companions], **options))
         if any(root.glob('*.safetensors')): return root
-        return Path(hub.snapshot_download(repo, allow_patterns=['*.json', '*.txt', 'pytorch_model*.bin'], **options))
+        return Path(hub.snapshot_download(repo, allow_patterns=['pytorch_model*.bin', *_companions], **options))
     except (LocalEntryNotFoundError, FileNotFoundError, HfHubHTTPError, OSError) as e:
+        if getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES): raise     # a full disk or a cache of somebody else's is another matter
         what = f'{repo}/{file}' if file else repo
         raise FileNotFoundError(f"{what} at {revision or 'main'} is neither in the cache nor can it be fetched ({type(e).__name__})") from None
+
+def locate(
+    path:str|Path, # a file, a folder, or a repository of the hub, "owner/name" or "owner/name@revision"
+    cache_dir:str|Path|None=None, # None: the usual one
+)->Path: # what lies there; of a repository its folder in the cache
+    "A path as it is where something lies there; otherwise, where it is spelled like one, a repository of the hub."
+    m = re.fullmatch(r'(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?', str(path))
+    if os.path.exists(path) or not m: return Path(path)
+    try: return fetch(m[1], None, m[2], cache_dir)
+    except FileNotFoundError as e: raise FileNotFoundError(f"{path} does not exist here, and as a repository of the hub {e}") from None
 
 def commit_of(
     path:Path, # what `fetch` gave
 )->str|None: # the commit that the cache files it under
     "Which revision a file came from."
-    parts = path.parts
-    return parts[parts.index('snapshots')+1] if 'snapshots' in parts else None
+    above, _, below = str(PurePosixPath(path)).rpartition('/snapshots/')
+    return below.split('/')[0] if above else None
 
 def image_tower(
     state:Mapping, # a CLIP, whole or its image tower, from transformers or open_clip

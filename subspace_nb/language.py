@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['tasks', 'encoder_package', 'recipe', 'names', 'GLOSSES', 'LANGUAGES', 'GENRES', 'CHAPTERS', 'ABOUT', 'ARCHIVES',
            'VADER', 'WORDNET_NOTICE', 'settings_of', 'tidy', 'identity', 'sentiment', 'glosses', 'spam', 'languages',
-           'genre', 'diagnosis', 'split_texts', 'vader_folder', 'read_task', 'make_texts', 'write_texts', 'read_texts',
-           'licence_section', 'encoder_folder', 'load_encoder', 'pack', 'embed', 'LanguagePool', 'schedule',
-           'fine_tune', 'make_expert', 'build_language', 'sweep', 'collapse_row', 'training_row', 'main']
+           'genre', 'diagnosis', 'pick', 'split_texts', 'vader_folder', 'read_task', 'make_texts', 'write_bytes',
+           'write_texts', 'read_texts', 'licence_section', 'encoder_folder', 'load_encoder', 'pack', 'embed',
+           'LanguagePool', 'schedule', 'fit', 'fine_tune', 'make_expert', 'build_language', 'heads_row', 'sweep',
+           'collapse_row', 'training_row', 'main']
 
 # %% ../nbs/31_language.ipynb #c2861dce
-import argparse, html, importlib.util, json, lzma, os, re, subprocess, sys, tarfile
+import argparse, hashlib, html, importlib.util, json, lzma, os, re, subprocess, sys, tarfile
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping
 from importlib.resources import files
@@ -24,6 +25,7 @@ from .spectra import energy_rank, stable_rank
 from .experts import Pool, Zoo, cache_folder, check_state, import_open_clip, sha256
 from .score import Results, results_folder
 from .collapse import cosines, growth, growth_exponent, mean_cosine, spectrum_growth
+from .essential import collect_inputs, linear_sites
 from .vision import Experts, betas, compute, grid
 
 # %% ../nbs/31_language.ipynb #133ed03e
@@ -136,6 +138,18 @@ def diagnosis(
     return x, y, g
 
 # %% ../nbs/31_language.ipynb #372ab719
+def pick(
+    idx:np.ndarray, # candidates
+    y:np.ndarray, # (all,) classes
+    n:int, # how many, at most
+    rng:np.random.RandomState,
+)->np.ndarray: # a choice of `idx`
+    "A random choice, its classes as even as they go."
+    idx = rng.permutation(idx)
+    rank = np.zeros(len(idx), int) # how many of its class come before it
+    for c in np.unique(y[idx]): rank[y[idx]==c] = np.arange((y[idx]==c).sum())
+    return idx[np.argsort(rank, kind='stable')][:n]
+
 def split_texts(
     x:list, # texts
     y:list, # class of each
@@ -156,9 +170,7 @@ def split_texts(
         mine, counts = [], np.zeros(classes, int)
         while left and (s=='train' or counts.clip(max=-(-n//classes)).sum()<n):
             new = member[left.pop()]; mine += new; counts += np.bincount(y[new], minlength=classes)
-        mine = rng.permutation(np.array(mine, int)); rank = np.zeros(len(mine), int) # how many of its class come before it
-        for c in range(classes): rank[y[mine]==c] = np.arange((y[mine]==c).sum())
-        out[s] = mine[np.argsort(rank, kind='stable')][:n]
+        out[s] = pick(np.array(mine, int), y, n, rng)
     return out
 
 # %% ../nbs/31_language.ipynb #17c9b380
@@ -213,14 +225,20 @@ def make_texts(
         out.append(dict(name=t, **ABOUT[t], splits={s: dict(x=[x[k] for k in i], y=[int(y[k]) for k in i]) for s, i in parts.items()}))
     return out
 
+def write_bytes(
+    path:str|Path, # where to
+    data:bytes, # what
+):
+    "Write under a temporary name, then move into place."
+    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp'); tmp.write_bytes(data); os.replace(tmp, path)
+
 def write_texts(
     rows:list, # from `make_texts`
     path:str|Path, # ends with .json.xz
 ):
     "Texts of all splits in one compressed file, the same bytes for the same texts."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    tmp.write_bytes(lzma.compress(json.dumps(rows, ensure_ascii=False, separators=(',', ':')).encode(), preset=9|lzma.PRESET_EXTREME)); os.replace(tmp, path)
+    write_bytes(path, lzma.compress(json.dumps(rows, ensure_ascii=False, separators=(',', ':')).encode(), preset=9|lzma.PRESET_EXTREME))
 
 def read_texts(
     path:str|Path|None=None, # None: what ships with the package
@@ -312,10 +330,22 @@ class LanguagePool(Pool):
         path = self.folder/f'{task}.json'
         return {k: v for k, v in json.loads(path.read_text()).items() if k in ('base', 'expert')} if path.exists() else {}
 
+    def _missing(self): return [q.name for p in self._experts.values() for q in (p, p.with_suffix('.json')) if not q.exists()]
+
     @property
-    def complete(self)->bool: # whether every task has its expert
+    def complete(self)->bool: # whether every task has its expert, and the note that training leaves beside it
         "Whether there is anything to merge."
-        return all(p.exists() for p in self._experts.values())
+        return not self._missing()
+
+    def check_experts(self):
+        "Refuse a folder in which an expert or its note is missing."
+        if missing := self._missing(): raise FileNotFoundError(f"experts: {self.folder} has no {', '.join(missing)}; python -m subspace_nb.zoo_build language makes experts and notes")
+
+    @property
+    def digest(self)->str: # changes with any weight of an expert
+        "Which experts made a number: a fingerprint of their files, in the pool's order."
+        self.check_experts()
+        return hashlib.sha256(''.join(sha256(p) for p in self._experts.values()).encode()).hexdigest()[:16]
 
     def _rows(self, task, split):
         task, = self._names([task]); self._split(split)
@@ -366,16 +396,18 @@ class LanguagePool(Pool):
 
     def head(self,
         task:str, # one of `tasks`
+        shots:int|None=None, # training texts of a class; None: the recipe's
     )->tuple[Tensor, Tensor]: # weight (classes, width) and bias (classes,)
         "The frozen head: nearest centroid, made of the base's embeddings of the first few training texts of each class."
-        task, = self._names([task])
-        if task not in self._heads:
+        task, = self._names([task]); shots = self.recipe['head']['shots'] if shots is None else shots
+        if (task, shots) not in self._heads:
             n, scale = len(self.info[task]['classes']), self.recipe['head']['scale']
-            few = n*self.recipe['head']['shots']; y = self.labels(task, 'train')[:few]
-            z = self.features(self.base, task, 'train', few)
+            y = self.labels(task, 'train')[:n*shots]; counts = y.bincount(minlength=n)
+            if not shots or (counts!=shots).any(): raise ValueError(f"shots: the first {len(y)} training texts of {task} are {counts.tolist()} of its classes, not {shots} of each")
+            z = self.features(self.base, task, 'train', len(y))
             c = torch.stack([z[y==i].mean(0) for i in range(n)])
-            with torch.inference_mode(False): self._heads[task] = (scale*c).clone(), (-scale/2*c.square().sum(1)).clone()
-        return self._heads[task]
+            with torch.inference_mode(False): self._heads[task, shots] = (scale*c).clone(), (-scale/2*c.square().sum(1)).clone()
+        return self._heads[task, shots]
 
     def predict(self,
         state:Mapping, # weights: names and shapes of the base
@@ -392,7 +424,6 @@ class LanguagePool(Pool):
         known = self.info[task].get('expert', {})
         return known[split] if split in known else super()._expert_accuracy(task, split)
 
-    @torch.no_grad()
     def inputs(self,
         task:str, # one of `tasks`
         n:int=32, # proxy texts, at most
@@ -400,12 +431,8 @@ class LanguagePool(Pool):
         "What enters every linear layer when the task's expert reads its proxy texts."
         ids = self.ids(task, 'proxy')
         if not 0<n<=len(ids): raise ValueError(f"n must lie in [1, {len(ids)}], not {n}")
-        net, (x, mask), got = self.model(self.expert(task)), pack(ids[:n], self.device), {}
-        keep = lambda name: lambda m, args: got.__setitem__(name, args[0][mask.bool()].float().cpu().clone())
-        hooks = [m.register_forward_pre_hook(keep(f'{k}.weight')) for k, m in net.named_modules() if k.startswith('encoder.') and isinstance(m, nn.Linear)]
-        try: embed(net, x, mask)
-        finally: [h.remove() for h in hooks]
-        return got
+        net, (x, mask) = self.model(self.expert(task)), pack(ids[:n], self.device)
+        return collect_inputs(net, dict(input_ids=x, attention_mask=mask), [k for k in linear_sites(net) if k.startswith('encoder.')], 'attention_mask', device='cpu')
 
 # %% ../nbs/31_language.ipynb #1b1895ca
 def schedule(
@@ -415,6 +442,27 @@ def schedule(
 )->float: # share of the peak learning rate
     "Linear warm-up, then a straight line to zero."
     return min((step+1)/warm, (steps-step)/max(1, steps-warm))
+
+def fit(
+    params:list, # tensors to train
+    loss_at:Callable, # step -> loss
+    steps:int, # that the rates are laid out for
+    lr:float, # peak learning rate
+    decay:float, # decoupled weight decay
+    warm:int, # warm-up steps
+    desc:str='', # of the progress bar; empty: none
+    rate:Callable=schedule, # (step, steps, warm) -> share of the peak learning rate
+    stop:int|None=None, # leave off after so many; None: train to the end
+)->list: # loss at each step
+    "Minimise by AdamW, gradients clipped at norm 1."
+    opt, losses = torch.optim.AdamW(params, lr=lr, weight_decay=decay), []
+    with tqdm(range(steps if stop is None else min(stop, steps)), desc=desc, leave=False, disable=not desc) as bar:
+        for step in bar:
+            for g in opt.param_groups: g['lr'] = lr*rate(step, steps, warm)
+            loss = loss_at(step); opt.zero_grad(); loss.backward()
+            nn.utils.clip_grad_norm_(params, 1.); opt.step()
+            losses.append(loss.item()); bar.set_postfix(loss=f'{losses[-1]:.3f}')
+    return losses
 
 def fine_tune(
     pool:LanguagePool, # whose base is trained
@@ -431,16 +479,12 @@ def fine_tune(
     "Train the six layers on one task; embeddings and head stay as they are, nothing is dropped out."
     head, ids, y = pool.head(task), pool.ids(task, 'train'), pool.labels(task, 'train').to(pool.device)
     net = pool.model(pool.base); params = [p.requires_grad_() for p in net.encoder.parameters()]
-    rng, total, losses = np.random.RandomState(seed), epochs*(len(ids)//batch), []
+    rng = np.random.RandomState(seed)
     order = np.concatenate([rng.permutation(len(ids))[:len(ids)//batch*batch] for _ in range(epochs)])
-    opt = torch.optim.AdamW(params, lr=lr, weight_decay=decay)
-    try:
-        for step in (bar := tqdm(range(total if steps is None else min(steps, total)), desc=desc, leave=False, disable=not desc)):
-            for g in opt.param_groups: g['lr'] = lr*schedule(step, total, warm)
-            i = order[step*batch:(step+1)*batch]
-            loss = nn.functional.cross_entropy(nn.functional.linear(embed(net, *pack([ids[k] for k in i], pool.device)), *head), y[torch.from_numpy(i).to(y.device)])
-            opt.zero_grad(); loss.backward(); nn.utils.clip_grad_norm_(params, 1.); opt.step()
-            losses.append(loss.item()); bar.set_postfix(loss=f'{losses[-1]:.3f}')
+    def loss_at(step):
+        i = order[step*batch:(step+1)*batch]
+        return nn.functional.cross_entropy(nn.functional.linear(embed(net, *pack([ids[k] for k in i], pool.device)), *head), y[torch.from_numpy(i).to(y.device)])
+    try: losses = fit(params, loss_at, epochs*(len(ids)//batch), lr, decay, warm, desc, stop=steps)
     finally: net.requires_grad_(False)
     return {k: v.detach().cpu().clone() for k, v in net.state_dict().items() if k in pool.base}, losses
 
@@ -469,6 +513,17 @@ def build_language(
         tqdm.write(f"{t}: base {note['base']['test']:.1%}, expert {note['expert']['test']:.1%} on test, {note['seconds']:.0f} s")
     return pool
 
+# %% ../nbs/31_language.ipynb #1ee5d225
+def heads_row(
+    pool:LanguagePool, # its base alone is asked
+    shots:tuple=(2, 4, 8, 16, 64), # training texts of a class that a head is made of
+    split:str='val', # "val", "test" or "train"
+)->dict: # accuracy: number of texts -> mean over tasks, in per cent
+    "How good the base is through heads of more or fewer texts."
+    def hits(t, n): return (nn.functional.linear(z[t], *pool.head(t, n)).argmax(-1).cpu()==pool.labels(t, split)).double().mean().item()
+    z = {t: pool.features(pool.base, t, split) for t in pool.tasks}
+    return dict(accuracy={str(n): round(100*float(np.mean([hits(t, n) for t in pool.tasks])), 2) for n in shots})
+
 # %% ../nbs/31_language.ipynb #6e8ce31d
 def sweep(
     pool:LanguagePool, # with all experts
@@ -479,7 +534,7 @@ def sweep(
     "Merge by every method and choose each coefficient as chapter 30 does; what is there is not computed again."
     bad = [m for m in only or () if m not in names]
     if bad: raise ValueError(f"only must be among {', '.join(names)}, not {', '.join(bad)}")
-    if not pool.complete: raise FileNotFoundError(f"pool: no experts in {pool.folder}; make them with python -m subspace_nb.zoo_build language")
+    pool.check_experts()
     todo = [(n, m) for n in sizes for m in only or names if not results.find(kind='merge', tasks=n, method=m)]
     e = Experts(pool, [])
     for n, m in (bar := tqdm(todo, unit='row', desc='sweep')):
@@ -520,10 +575,11 @@ def main(
     p.add_argument('--folder', default=None, help='where language.json goes; by default nbs/results')
     a = p.parse_args(argv)
     try:
-        pool, results = LanguagePool(experts=a.experts), Results(Path(a.folder or results_folder())/'language.json', **settings_of())
+        pool = LanguagePool(experts=a.experts); results = Results(Path(a.folder or results_folder())/'language.json', **settings_of(), experts=pool.digest)
         sweep(pool, results, a.sizes, a.methods)
         results.row(lambda: collapse_row(pool.task_vectors()), kind='collapse', tasks=len(pool.tasks))
         results.row(lambda: training_row(pool, 'glosses'), kind='training', task='glosses')
+        results.row(lambda: heads_row(pool), kind='heads')
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as e: p.error(str(e))
 
 # %% ../nbs/31_language.ipynb #129a590d

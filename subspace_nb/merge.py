@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['paper_grid', 'average', 'task_arithmetic', 'trim_threshold', 'trimmed', 'elect', 'ties', 'dropped', 'dare',
-           'breadcrumbs', 'stock_ratio', 'model_stock', 'tall_masks', 'consensus', 'lines_factors', 'lines', 'search',
-           'choose_alpha']
+           'band_ranks', 'breadcrumbs', 'stock_ratio', 'stock_tensor', 'model_stock', 'tall_masks', 'consensus',
+           'lines_factors', 'lines', 'search', 'choose_alpha']
 
 # %% ../nbs/03_merge.ipynb #deb9f7b8
 from collections.abc import Iterable, Mapping
@@ -24,18 +24,24 @@ def _merge(taus, fn): # fn(name, N tensors in working precision) -> the merged e
     dtype = lambda k: reduce(torch.promote_types, (t[k].dtype for t in taus))
     return taus[0].map(lambda k, _: fn(k, [as_work(t[k]) for t in taus]).to(dtype(k)))
 
+def _total(ws): # the sum of N tensors, in one new tensor
+    ws = iter(ws)
+    out = next(ws).clone()
+    for w in ws: out += w
+    return out
+
 def average(
     taus:list, # task vectors, one per expert
 )->TaskVector: # their mean
     "Weight averaging: the mean of the task vectors."
     taus = check_taus(taus)
-    return _merge(taus, lambda k, ws: sum(ws)/len(ws))
+    return _merge(taus, lambda k, ws: _total(ws)/len(ws))
 
 def task_arithmetic(
     taus:list, # task vectors, one per expert
 )->TaskVector: # their sum
     "Task arithmetic: the sum of the task vectors (Ilharco et al. 2023)."
-    return _merge(check_taus(taus), lambda k, ws: sum(ws))
+    return _merge(check_taus(taus), lambda k, ws: _total(ws))
 
 # %% ../nbs/03_merge.ipynb #da4e8ea6
 def trim_threshold(
@@ -45,7 +51,11 @@ def trim_threshold(
     "The magnitude that int(keep·P) + 1 of a task vector's P entries reach, more with ties (TIES's released code)."
     mags = tau.flat().abs_() # `flat` is a copy
     n = mags.numel()
-    return mags.kthvalue(max(1, n-int(check_share(keep, 'keep')*n))).values if n else mags.sum()
+    k = max(1, n-int(check_share(keep, 'keep')*n))
+    if not n: return mags.sum()
+    if mags.device.type!='cpu': return mags.kthvalue(k).values
+    mags.numpy().partition(k-1)                                              # in place, and many times as fast as torch's on a CPU
+    return mags[k-1].clone()
 
 def trimmed(
     ws:Iterable, # N tensors of one shape
@@ -61,10 +71,13 @@ def elect(
 )->Tensor: # the disjoint mean
     "TIES's trim, sign election and mean for one parameter or a piece of it."
     ws = trimmed(ws, tops)
-    sign = sum(ws).sign()
-    up = torch.where(sign==0, float(total>0)-float(total<0), sign)>0
-    agree = [torch.where(up, w>0, w<0) for w in ws]
-    return sum(w*a for w, a in zip(ws, agree))/sum(a.to(ws[0].dtype) for a in agree).clamp_min(1)
+    sign = _total(ws).sign()
+    side = torch.where(torch.where(sign==0, float(total>0)-float(total<0), sign)>0, 1., -1.).to(sign.dtype)
+    mean, count = torch.zeros_like(side), torch.zeros_like(side)
+    for w in ws:
+        mean += w.mul_(side).clamp_(min=0)                                   # what agrees with the side that was elected
+        count += w.sign_()
+    return mean.mul_(side).div_(count.clamp_min_(1))
 
 def ties(
     taus:list, # task vectors, one per expert
@@ -74,7 +87,7 @@ def ties(
     check_share(keep, 'keep')
     taus = check_taus(taus)
     tops = [trim_threshold(t, keep) for t in taus]
-    total = sum(sum(trimmed((as_work(t[k]) for t in taus), tops)).sign().sum(dtype=torch.float64).item() for k in taus[0])
+    total = sum(_total(trimmed((as_work(t[k]) for t in taus), tops)).sign().sum(dtype=torch.float64).item() for k in taus[0])
     return _merge(taus, lambda k, ws: elect(ws, tops, total))
 
 # %% ../nbs/03_merge.ipynb #0f39136e
@@ -101,15 +114,22 @@ def dare(
     return _merge(taus, lambda k, ws: sum(dropped(w, drop, rng) for w in ws))
 
 # %% ../nbs/03_merge.ipynb #d5b0bcd5
-def _band(w, density, gamma): # the middle magnitudes of one tensor, zeros elsewhere
-    mags, n = w.abs().flatten(), w.numel()
+def band_ranks(
+    n:int, # entries of one tensor
+    density:float, # share of them to keep
+    gamma:float, # share of them to drop as outliers
+)->tuple: # how many of the smallest are dropped; how many are left without the largest
+    "Where Breadcrumbs cuts a tensor's sorted magnitudes."
     top = int(gamma*n)
-    low = max(0, n-int(density*n)-top)
-    at = lambda k: mags.kthvalue(k).values if k else -1.
-    keep = (mags>at(low)) & (mags<=at(n-top))
-    if keep.sum()!=n-top-low: # equal magnitudes at an edge: count them out, in their order
+    return max(0, n-int(density*n)-top), n-top
+
+def _band(w, density, gamma): # the middle magnitudes of one tensor, zeros elsewhere
+    mags, (low, high) = w.abs().flatten(), band_ranks(w.numel(), density, gamma)
+    above, below = (mags<=(mags.kthvalue(k).values if k else -1.) for k in (low, high))
+    keep = below & ~above
+    if above.sum()!=low or below.sum()!=high: # equal magnitudes at an edge: count them out, in their order
         keep = torch.zeros_like(keep)
-        keep[mags.argsort(stable=True)[low:n-top]] = True
+        keep[mags.argsort(stable=True)[low:high]] = True
     return w*keep.view_as(w)
 
 def breadcrumbs(
@@ -131,14 +151,29 @@ def _check_fit(other, tau, name, extra=False): # names and shapes of `other` aga
     bad += [f"{k}: shape {tuple(other[k].shape)} in {name}, {tuple(tau[k].shape)} in taus" for k in tau if k in other and other[k].shape!=tau[k].shape]
     if bad: raise ValueError(f"{name} does not fit taus:\n  "+'\n  '.join(bad))
 
+def _stock(ws): # () how far to go; the sum of ws; their number: each tensor is needed once, and one at a time
+    n = direction = own = total = 0
+    for w in ws:
+        u = w/w.norm().clamp_min(torch.finfo(w.dtype).tiny)
+        n, own = n+1, own+u.square().sum()
+        if n==1: direction, total = u, w.clone()
+        else: direction += u; total += w
+        del u, w
+    c = (direction.square().sum()-own)/(n*(n-1))
+    return (n*c/(1+(n-1)*c).clamp_min(1e-12)).clamp_min(-1), total, n
+
 def stock_ratio(
-    ws:list, # N tensors of one shape
+    ws:Iterable, # N tensors of one shape, two at least
 )->Tensor: # () how far to go from the base to their average
     "Model Stock's t = N c / (1 + (N - 1) c), with c the mean pairwise cosine."
-    n = len(ws)
-    units = [w/w.norm().clamp_min(torch.finfo(w.dtype).tiny) for w in ws]
-    c = (sum(units).square().sum()-sum(u.square().sum() for u in units))/(n*(n-1))
-    return (n*c/(1+(n-1)*c).clamp_min(1e-12)).clamp_min(-1)
+    return _stock(ws)[0]
+
+def stock_tensor(
+    ws:Iterable, # N tensors of one shape, two at least; gone through once
+)->Tensor: # t times their average
+    "Model Stock of one tensor."
+    t, total, n = _stock(ws)
+    return t*total/n
 
 def model_stock(
     taus:list, # task vectors, two at least
@@ -147,7 +182,7 @@ def model_stock(
     "Model Stock: the average of each tensor, scaled by how well the experts agree (Jang et al. 2024)."
     taus = check_taus(taus, 2)
     _check_fit(base, taus[0], 'base', extra=True)
-    return _merge(taus, lambda k, ws: stock_ratio(ws)*sum(ws)/len(ws))
+    return _merge(taus, lambda k, ws: stock_tensor(ws))
 
 # %% ../nbs/03_merge.ipynb #af5a9538
 def _check_lams(lam, n):
@@ -156,7 +191,7 @@ def _check_lams(lam, n):
     return [float(check_share(l, 'lam')) for l in lams]
 
 def _masks(ws, lams): # N tensors -> N boolean ones
-    total = sum(ws)
+    total = _total(ws)
     return [w.abs()>l*(total-w).abs() for w, l in zip(ws, lams)]
 
 def tall_masks(
@@ -179,7 +214,7 @@ def consensus(
     taus = check_taus(taus, 2)
     lams = _check_lams(lam, len(taus))
     if not 1<=agree<=len(taus): raise ValueError(f"agree must lie between 1 and the {len(taus)} experts, not {agree}")
-    return _merge(taus, lambda k, ws: sum(ws)*(sum(m.to(torch.int32) for m in _masks(ws, lams))>=agree))
+    return _merge(taus, lambda k, ws: _total(ws)*(_total(m.to(torch.int32) for m in _masks(ws, lams))>=agree))
 
 # %% ../nbs/03_merge.ipynb #b0c2c23a
 def lines_factors(

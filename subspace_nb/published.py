@@ -26,7 +26,7 @@ from .merge import paper_grid, ties
 from .score import tune
 from .boost import subspace_boosting
 from .vision import Experts, methods
-from .hub import Checkpoint, clip_models, commit_of, fetch, families, from_open_clip, hub_ids, pool_from_hub, t5_tasks, zero_shot_head
+from .hub import Checkpoint, clip_models, commit_of, fetch, families, from_open_clip, hub_ids, locate, pool_from_hub, t5_tasks, zero_shot_head
 
 # %% ../nbs/35_published.ipynb #1d567a22
 _names = '''
@@ -307,8 +307,7 @@ class View:
         from PIL import Image
         image = image.convert('RGB')
         w, h = image.size
-        scale = self.size/min(w, h)
-        w, h = max(self.size, int(w*scale)), max(self.size, int(h*scale))
+        w, h = (self.size, int(self.size*h/w)) if w<h else (int(self.size*w/h), self.size)
         image = image.resize((w, h), Image.Resampling.BICUBIC)
         left, top = (w-self.size)//2, (h-self.size)//2
         x = torch.from_numpy(np.array(image.crop((left, top, left+self.size, top+self.size)), dtype=np.float32)/255)
@@ -451,7 +450,7 @@ def table1(
     grid:Iterable=paper_grid, # coefficients to choose from
     keep:float=.2, # TIES's share of entries
     report:Callable=lambda row, ours: None, # called after each row
-)->pd.DataFrame: # ours, published, difference, in per cent
+)->pd.DataFrame: # ours, published, difference, in per cent; how many tasks ours are of
     "Table 1 of Subspace Boosting: every row tuned on validation, reported on test, beside what was published."
     known = list(dict.fromkeys(r for r, _, _ in published))
     rows = known if rows is None else list(rows)
@@ -460,7 +459,7 @@ def table1(
     e, out = Experts(pool, pool.tasks[:n]), {}
     for r in rows: out[r] = _row(e, r, grid, keep); report(r, out[r])
     t = pd.DataFrame({'ours': out, 'published': {r: published[r, model, n] for r in rows}})
-    return t.assign(difference=t.ours-t.published).round(1)
+    return t.assign(difference=t.ours-t.published, tasks=len(e.tasks)).round(1)
 
 # %% ../nbs/35_published.ipynb #64abf587
 @dataclass(frozen=True)
@@ -591,8 +590,8 @@ class T5Scorer:
         return total/len(rows)
 
 def t5_pool(
-    base:str|Path, # folder of google/t5-large-lm-adapt, or of whatever the experts were tuned from
-    experts:Mapping, # task -> folder
+    base:str|Path, # folder or repository of what the experts were tuned from, such as `hub.t5_base`
+    experts:Mapping, # task -> folder or repository
     evaluate:Callable|None=None, # your own (state, task, split) -> accuracy; None: `T5Scorer`
     device=None, # where to compute; None: a GPU where there is one
     **scoring, # data, prompt, revisions, cache_dir, batch, limit, per_token: as in `T5Scorer`
@@ -600,5 +599,6 @@ def t5_pool(
     "T5 experts from folders, scored as the papers score theirs."
     if bad := [t for t in experts if t not in question_sets and evaluate is None]:
         raise ValueError(f"experts: no data set is known for {', '.join(bad)}; known are {', '.join(question_sets)} (or give evaluate)")
-    read = lambda p: p if isinstance(p, Mapping) else Checkpoint(p)
+    at = scoring.get('cache_dir')
+    read, base = lambda p: p if isinstance(p, Mapping) else Checkpoint(locate(p, at)), locate(base, at)
     return Pool.from_files(read(base), {t: read(p) for t, p in experts.items()}, T5Scorer(base, device=device, **scoring) if evaluate is None else evaluate, device)

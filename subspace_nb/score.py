@@ -7,7 +7,7 @@ __all__ = ['geometric_grid', 'climb', 'tune', 'PeakMemory', 'timed', 'environmen
            'rerun', 'open_results']
 
 # %% ../nbs/05_score.ipynb #84064400
-import ctypes, json, os, platform, sys, threading, time
+import ctypes, gc, json, os, platform, sys, threading, time
 from pathlib import Path
 from typing import Callable
 import torch
@@ -77,10 +77,12 @@ class PeakMemory:
         return int(self.statm.read_text().split()[1])*self.page if self.statm.exists() else 0
 
     def __enter__(self):
-        if self.cuda: torch.cuda.reset_peak_memory_stats(); self.start = torch.cuda.memory_allocated(); return self
-        if sys.platform=='linux':
+        if self.cuda: torch.cuda.reset_peak_memory_stats()
+        elif sys.platform=='linux':
             try: ctypes.CDLL('libc.so.6').malloc_trim(0)        # what was freed before does not hide what is taken now
             except (OSError, AttributeError): pass
+        self.collecting = gc.isenabled(); gc.disable()           # nor does what a collection would free
+        if self.cuda: self.start = torch.cuda.memory_allocated(); return self
         self.start = self.peak = self.level(); self.on = True
         self.thread = threading.Thread(target=self._watch, daemon=True); self.thread.start()
         return self
@@ -89,6 +91,7 @@ class PeakMemory:
         while self.on: self.peak = max(self.peak, self.level()); time.sleep(.002)
 
     def __exit__(self, *_):
+        if self.collecting: gc.enable()
         if self.cuda: self.peak = torch.cuda.max_memory_allocated()
         else: self.on = False; self.thread.join(); self.peak = max(self.peak, self.level())
         self.mib = (self.peak-self.start)/2**20

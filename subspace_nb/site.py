@@ -33,9 +33,11 @@ class Entry:
     kind:str # "function", "class", "method", "property" or "value"
     doc:str='' # its docstring
     call:str='' # its signature
-    params:list=field(default_factory=list) # (name, type, default, meaning) each
+    params:list=field(default_factory=list) # (name with its stars, type, default, meaning) each
     returns:tuple=('', '') # type and meaning
     members:list=field(default_factory=list) # the public methods of a class, an `Entry` each
+
+_stars = {inspect.Parameter.VAR_POSITIONAL: '*', inspect.Parameter.VAR_KEYWORD: '**'}
 
 def type_text(
     a, # an annotation
@@ -62,7 +64,7 @@ def signature_text(
     except (ValueError, TypeError): return ''
     def one(p):
         kind = type_text(p.annotation)
-        return ({p.VAR_POSITIONAL: '*', p.VAR_KEYWORD: '**'}.get(p.kind, '')+p.name+(f':{kind}' if kind else '')
+        return (_stars.get(p.kind, '')+p.name+(f':{kind}' if kind else '')
                +(f'={default_text(p.default)}' if p.default is not p.empty else ''))
     texts = [one(p) for p in params if p.name not in ('self', 'cls')]
     line = f"{name}({', '.join(texts)})"
@@ -85,12 +87,12 @@ def describe(
 )->Entry:
     "What the reference says of a public name."
     if not (inspect.isfunction(obj) or isinstance(obj, type)): return Entry(name, 'value', call=f'{name} = {default_text(obj)}')
-    try: notes = docments(obj, full=True)
-    except Exception: notes = {} # classes without a signature, such as exceptions
+    is_class = isinstance(obj, type)
+    if is_class and not inspect.isfunction(obj.__init__): notes = {} # no constructor of its own, such as an exception
+    else: notes = docments(obj, full=True, args_kwargs=True)
     ret = notes.get('return') or {}
     shown = lambda n: [n.get('docment') or '', type_text(n.get('anno')), default_text(n['default']) if n.get('default', inspect.Parameter.empty) is not inspect.Parameter.empty else '']
-    rows = [(k, *shown(n)[1:], shown(n)[0]) for k, n in notes.items() if k not in ('return', 'self', 'cls')]
-    is_class = isinstance(obj, type)
+    rows = [(_stars.get(n.get('kind'), '')+k, *shown(n)[1:], shown(n)[0]) for k, n in notes.items() if k not in ('return', 'self', 'cls')]
     returns = ('', '') if is_class else (type_text(ret.get('anno')), ret.get('docment') or '')
     return Entry(name, 'class' if is_class else 'function', _own_doc(obj), signature_text(name, obj), rows, returns, list(_members(obj)) if is_class else [])
 
@@ -98,7 +100,7 @@ def describe(
 @dataclass(frozen=True)
 class Place:
     "A cell of a chapter that a link can aim at."
-    chapter:Chapter
+    chapter:Chapter # whose page it stands on
     heading:str # the nearest heading above
     anchor:str # id on the page
 
@@ -253,8 +255,8 @@ def index_gaps(
 class Page:
     "A page of the site before it has its frame."
     name:str # file name without .html
-    title:str
-    lead:str=''
+    title:str # its heading
+    lead:str='' # what it is about, in a line
     body:BeautifulSoup=None # its text
 
     @property

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['betas', 'methods', 'routed_ranks', 'grid', 'row_names', 'Experts', 'task_order', 'Method', 'matched', 'validation',
-           'choose_beta', 'merge_row', 'routed_row', 'cost_row', 'bounds_row', 'jobs', 'compute', 'sweep',
-           'sweep_costs', 'settings_of', 'main']
+           'choose_beta', 'merge_row', 'routed_model', 'routed_row', 'cost_row', 'bounds_row', 'jobs', 'compute',
+           'sweep', 'sweep_costs', 'settings_of', 'main']
 
 # %% ../nbs/30_vision.ipynb #45e1be90
 import argparse, statistics
@@ -142,14 +142,23 @@ def merge_row(
         row |= dict(beta=beta, evaluations=spent)
     return row
 
+def routed_model(
+    e:Experts, # what is merged
+    merged:TaskVector, # by ESM
+    rank:int, # of the residuals
+    coefficient:float, # of the merged task vector
+)->torch.nn.Module: # scores like any other model
+    "ESM++ around a model merged by ESM."
+    state = methods['ESM'].build(e, merged)(coefficient)
+    return routed(e.pool.model(state), [e.pool.expert(t) for t in e.tasks], e.inputs, rank)
+
 def routed_row(
     e:Experts, # what is merged
     rank:int, # of the residuals
     coefficient:float, # of the ESM row that it extends
 )->dict: # as `merge_row`, with the numbers that ESM++ stores beside the merged weights
     "ESM++: the merged model of ESM, and low-rank residuals chosen by the input."
-    state = methods['ESM'].build(e, e.merged(methods['ESM'].merge))(coefficient)
-    model = routed(e.pool.model(state), [e.pool.expert(t) for t in e.tasks], e.inputs, rank)
+    model = routed_model(e, e.merged(methods['ESM'].merge), rank, coefficient)
     test = e.pool.evaluate(model, e.tasks)
     pct = lambda x: round(100*float(x), 2)
     return dict(coefficient=coefficient, val=pct(validation(e.pool, model, e.tasks)), accuracy=pct(test.loc['mean', 'accuracy']), normalised=pct(test.loc['mean', 'normalised']), evaluations=1,
@@ -157,12 +166,15 @@ def routed_row(
 
 def cost_row(
     e:Experts, # what is merged
-    method:Method, # how
+    name:str, # in `methods` or `routed_ranks`
     repeats:int=3, # of which the median counts
 )->dict: # seconds and MiB beside the inputs, of the merge alone
-    "What a merge takes, once task vectors and layer inputs are in memory."
+    "What a merge takes, once task vectors and layer inputs are in memory; ESM++ includes the ESM merge that it extends."
+    rank = routed_ranks.get(name)
+    method = methods['ESM' if rank else name]
     if method.proxy: e.inputs
-    runs = [timed(lambda: method.merge(e), e.pool.device)[:2] for _ in range(repeats)]
+    work = (lambda: routed_model(e, method.merge(e), rank, 1.)) if rank else lambda: method.merge(e)
+    runs = [timed(work, e.pool.device)[:2] for _ in range(repeats)]
     return dict(merge_seconds=round(statistics.median(r[0] for r in runs), 3), merge_MiB=round(max(r[1] for r in runs), 1))
 
 def bounds_row(
@@ -222,9 +234,9 @@ def sweep_costs(
     sizes:list=(8, 14, 20), # how many tasks
 )->Results: # `results`, complete
     "Time and memory of every method, one after the other in one process."
-    for n, _, m in tqdm(jobs(sizes, 1, len(pool.tasks), list(methods)), unit='merge', desc='cost'):
+    for n, _, m in tqdm(jobs(sizes, 1, len(pool.tasks), [*methods, *routed_ranks]), unit='merge', desc='cost'):
         e = Experts(pool, pool.tasks[:n])
-        results.row(lambda: cost_row(e, methods[m]), tasks=n, method=m)
+        results.row(lambda: cost_row(e, m), tasks=n, method=m)
     return results
 
 def settings_of(

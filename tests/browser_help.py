@@ -51,6 +51,14 @@ def page_of(browser):
     try: yield page, wrong
     finally: context.close()
 
+def controls_of(page, within):
+    "(role, name, value as said) of each control inside an element, as a screen reader gets them."
+    cdp = page.context.new_cdp_session(page)
+    node = cdp.send('DOM.querySelector', dict(nodeId=cdp.send('DOM.getDocument')['root']['nodeId'], selector=within))['nodeId']
+    of = lambda n, key: n.get(key, {}).get('value')
+    return [(of(n, 'role'), of(n, 'name'), next((p['value'].get('value') for p in n.get('properties', []) if p['name']=='valuetext'), None))
+            for n in cdp.send('Accessibility.queryAXTree', dict(nodeId=node))['nodes'] if not n.get('ignored') and of(n, 'role') in ('slider', 'textbox', 'combobox', 'listbox', 'spinbutton', 'checkbox', 'button')]
+
 def free_port():
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
 

@@ -1,7 +1,9 @@
 """The playground's engine against the functions of the chapters, what it keeps, and what the widget shows at each moment."""
 import json
+import socket
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,6 +147,25 @@ def test_validation_chooses_the_coefficient():
     assert not tried                                          # remembered
     with pytest.raises(ValueError, match='alpha'): engine.state(Settings(NAMES[:3], alpha=None))
 
+def test_what_is_kept_is_there_while_something_else_is_merged(monkeypatch):
+    engine, going, go_on = Engine(POOL), threading.Event(), threading.Event()
+    kept = engine.factors(Settings(NAMES[:3]))
+    monkeypatch.setitem(app.merges, 'TIES', lambda taus: (going.set(), go_on.wait(20), taus[0])[-1])
+    other = threading.Thread(target=lambda: engine.factors(Settings(NAMES[:3], 'TIES'))); other.start()
+    assert going.wait(5)
+    start = time.monotonic()
+    assert engine.factors(Settings(NAMES[:3])) is kept and engine.merged(Settings(NAMES[:3])) is not None
+    assert time.monotonic()-start<5 and not engine.ready(Settings(NAMES[:3], 'TIES'))
+    go_on.set(); other.join(20)
+    assert engine.ready(Settings(NAMES[:3], 'TIES'))
+
+@given(st.lists(st.sampled_from('abcd'), max_size=12))
+def test_the_values_used_last_are_kept(order):
+    engine, made = Engine(POOL, keep=2), []
+    for k in order: assert engine._keep(engine._factors, k, lambda: (made.append(k), k)[1])==k
+    last = list(dict.fromkeys(reversed(order)))[:2]
+    assert list(engine._factors)==last[::-1]
+
 def test_a_stopped_measurement_stops():
     with pytest.raises(app.Stopped): list(Engine(POOL).measure(NAMES, POOL.base, stopped=lambda: True))
 
@@ -196,7 +217,8 @@ def test_a_slider_over_uneven_values():
     g.switch.value = False; assert g.value is None and g.number.value=='off'
     g.switch.value = True; assert g.value==.3
     g.number.value = '0.015'; assert g.value==.015
-    g.number.value = 'much'; assert g.value==.015 and g.number.value=='0.015'
+    for text in ('much', 'nan', '-inf', '1e999', ''): g.number.value = text; assert g.value==.015 and g.number.value=='0.015'
+    assert g.slider.description=='β' and g.number.description.startswith('β')
 
 @pytest.fixture(scope='module')
 def play():
@@ -247,8 +269,33 @@ def test_an_invalid_combination_is_said_on_screen(play):
     now = play.shown()
     assert 'experts' in now['error'] and 'two at least' in play._error.value and not play.busy
     assert now['accuracy'] is None and now['spectrum_before'] is None and play._spectrum.stale
+    panels = play._spectrum, play._ranks, play._alignment, play._accuracy, play._pictures
+    assert all('pg-empty' in p._dom_classes for p in panels) and play._code.value=='' and 'not computed' in play._headline.value
+    play._other_images_button.click()
+    assert play.error==now['error'] and 'two at least' in play._error.value       # still why nothing is shown
     play.method = 'TA'
-    assert play.wait(30).shown()['error'] is None and not play._accuracy.stale
+    assert play.error is None and 'pg-empty' not in play._accuracy._dom_classes    # on its way
+    assert play.wait(30).shown()['error'] is None and not play._accuracy.stale and 'pg-empty' not in play._spectrum._dom_classes
+    assert 'pg-empty' in play._alignment._dom_classes                              # of one expert
+
+def wait_until(so, seconds=20):
+    end = time.monotonic()+seconds
+    while not so(): assert time.monotonic()<end; time.sleep(.02)
+
+def test_the_alignment_is_that_of_the_ticked(play):
+    play.wait(30); aligned = lambda: play.shown() and not play._alignment.stale
+    wait_until(aligned)
+    play.experts = ['a']; assert play._alignment.stale
+    play.experts = list(NAMES[:4]); assert aligned()                               # the same as before
+    p = Playground(POOL, 4, method='ESM').wait(30)                                 # no model, yet experts to compare
+    wait_until(lambda: p.shown() and not p._alignment.stale)
+
+def test_the_code_is_that_of_the_settings_at_every_moment(play):
+    play.wait(30)
+    play.beta = .3; assert play.busy and 'beta=0.3' in play._code.value
+    play.alpha = 'auto'; assert play.busy and play._code.value==''                 # validation has not chosen yet
+    play.wait(60); assert play._code.value==play.code()
+    play.beta = .2; play.beta = .3; assert play._code.value==play.code()           # it has, for these
 
 def test_an_error_in_the_background_is_said_on_screen(play, monkeypatch):
     def broken(*args, **kwargs): raise RuntimeError('the disk is full')
@@ -261,7 +308,7 @@ def test_more_experts_than_rows_is_said_on_screen():
     assert 'ESM' in p.error and p.shown()['accuracy'] is None
 
 @pytest.mark.parametrize('name, value, error', [('beta', 1.5, ValueError), ('attention_beta', -1., ValueError), ('method', 'mean', TraitError), ('attention', 'half', TraitError),
-    ('alpha', 'best', TraitError), ('experts', ['z'], ValueError), ('layer', 'visual.ln.bias', ValueError)])
+    ('alpha', 'best', TraitError), ('alpha', float('nan'), ValueError), ('alpha', -float('inf'), ValueError), ('slope', float('nan'), ValueError), ('experts', ['z'], ValueError), ('layer', 'visual.ln.bias', ValueError)])
 def test_a_trait_refuses_what_it_cannot_be(play, name, value, error):
     before = getattr(play, name)
     with pytest.raises(error, match=name): setattr(play, name, value)
@@ -300,14 +347,33 @@ def test_history_goes_back(play):
     play._tried.value = at
     assert play.beta==.123 and play.method=='TA'
     assert play.wait(30).shown()['settings']['beta']==.123
+    for _ in range(2):                                            # the same line again, and again when nothing new was tried
+        play.beta = .456; play.wait(30)
+        play._tried.value = next(i for i, h in enumerate(play._order) if h['settings'].beta==.123)
+        assert play.beta==.123
+    play.wait(30)
     assert len({h['settings'] for h in play.history})==len(play.history)
 
 def test_pinning_compares_two_settings(play):
     play.wait(30); play.pin()
     kept = play.pinned['accuracy']
+    assert play.error is None
     play.beta = .7; play.wait(30)
     assert play.pinned['accuracy'] is kept and play.pinned['settled'].beta==0. and 'A: ' in play._headline.value
     play.pin(); assert play.pinned is None and 'A: ' not in play._headline.value
+
+def test_unpinning_computes_nothing(play, monkeypatch):
+    play.wait(30); play.pin()
+    go_on = threading.Event()
+    def ties(taus): go_on.wait(20); return taus[0]
+    monkeypatch.setitem(app.merges, 'TIES', ties)
+    play.method = 'TIES'
+    start = time.monotonic(); play.pin()
+    assert play.pinned is None and time.monotonic()-start<5 and play.busy and play.error is None
+    go_on.set(); play.wait(30)
+    play.pin(); play.experts = []; play.pin()
+    assert play.pinned is None and 'none is ticked' in play.error and play._spectrum.stale
+    with pytest.raises(ValueError, match='pin'): play.pin()
 
 def test_saving_writes_weights_and_settings(play, tmp_path):
     play.beta = .3; play.wait(30)
@@ -324,5 +390,34 @@ def test_a_button_says_what_went_wrong(play, tmp_path):
     play._file.value = str(tmp_path/'m.bin')
     play._save_clicked_button.click()
     assert 'safetensors' in play._error.value and play.shown()['accuracy'] is not None
+    assert 'pg-done' in play._headline.value and 'pg-mean' not in play._headline.value      # the error stands in the numbers' place
+    play._file.value = str(tmp_path/'m.safetensors')
+    play._save_clicked_button.click()
+    assert play.error is None and 'pg-mean' in play._headline.value and str(tmp_path/'m.safetensors') in play._saved.value
+
+def test_a_saved_model_is_named_by_its_whole_path(play, tmp_path, monkeypatch):
+    play.wait(30); monkeypatch.chdir(tmp_path)
+    play._file.value = 'm.safetensors'; play._save_clicked_button.click()
+    assert f'saved {tmp_path/"m.safetensors"},' in play._saved.value and (tmp_path/'m.safetensors').exists()
+
+# -- alone
+
+def test_the_notebook_works_where_it_was_asked_for(tmp_path, monkeypatch):
+    (tmp_path/"it's here").mkdir(); monkeypatch.chdir(tmp_path/"it's here")
+    book = json.loads(app.write_notebook(tmp_path/'p.ipynb').read_text())
+    (source,) = [c['source'] for c in book['cells']]
+    monkeypatch.chdir(tmp_path)
+    exec('\n'.join(source.splitlines()[:2]), {})
+    assert Path.cwd()==tmp_path/"it's here" and source.splitlines()[-1]=='Playground(Pool.embedded())'
+
+def test_ports_that_are_taken(monkeypatch, capsys):
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0)); s.listen(); taken = s.getsockname()[1]
+        assert taken<app.free_port(taken)<taken+50
+        with pytest.raises(OSError, match=f'port: none is free from {taken}'): app.free_port(taken, 1)
+    assert app.free_port(taken)==taken
+    for port in ('70000', '-1', '99999999999'):
+        with pytest.raises(SystemExit): app.main(['--port', port])
+    assert 'port' in capsys.readouterr().err
 
 POOL = small_pool()

@@ -1,4 +1,5 @@
 """The playground in a real Chromium: served by Voilà, and as a chapter in JupyterLab. Numbers on the page are compared with the modules'."""
+import socket
 import sys
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 
 from subspace_nb.app import Engine, Settings, betas
 from subspace_nb.experts import Pool, read_state
-from browser_help import browser, free_port, jupyterlab, needs, page_of, run_all, serving
+from browser_help import browser, controls_of, free_port, jupyterlab, needs, page_of, run_all, serving
 
 pytestmark = needs('voila', 'jupyterlab')
 
@@ -45,6 +46,23 @@ def nothing_cut_off(page):
         .map(e => e.getBoundingClientRect()).every(r => r.width==0 || (r.left>=0 && r.right<=innerWidth+1))
         && [...document.querySelectorAll('.pg button')].every(b => b.scrollWidth<=b.clientWidth+1)""", timeout=10_000)
 
+def check_named(page, engine):
+    "Every control has a name of its own for a screen reader, and a slider says its value and not its position."
+    found = controls_of(page, '.pg')
+    names = [(role, name) for role, name, _ in found]
+    assert all(name.strip() for _, name in names) and len(set(names))==len(names)
+    assert {role: sum(r==role for r, _ in names) for role in ('slider', 'combobox', 'listbox', 'spinbutton')}=={'slider': 4, 'combobox': 4, 'listbox': 1, 'spinbutton': 1}
+    assert {name: value for role, name, value in found if role=='slider'}['boost, β']==f'{typed_beta(page):.4g}'
+
+def check_copied(page):
+    "The button puts the code on the clipboard."
+    page.context.grant_permissions(['clipboard-read', 'clipboard-write'])
+    page.evaluate("navigator.clipboard.writeText('')")
+    page.get_by_role('button', name='Copy', exact=True).click(); page.wait_for_selector('text=Copied')
+    text = page.evaluate('navigator.clipboard.readText()')
+    assert text and text==page.locator('.pg textarea').input_value()
+    return text
+
 def test_voila(browser, engine, tmp_path):
     port = free_port(); address = f'http://127.0.0.1:{port}/'
     with serving([sys.executable, '-m', 'subspace_nb.app', '--port', str(port)], address+'voila/static/spinner.css', tmp_path), page_of(browser) as (page, wrong):
@@ -58,7 +76,8 @@ def test_voila(browser, engine, tmp_path):
         three = tuple(names[:3])
         check_screen(page, engine, Settings(three))
         for width, height in ((1920, 1080), (1280, 800)): page.set_viewport_size(dict(width=width, height=height)); nothing_cut_off(page)
-        assert page.evaluate('document.documentElement.scrollHeight<=innerHeight')
+        fits = lambda: page.evaluate("document.querySelector('.pg').getBoundingClientRect().bottom<=innerHeight")
+        assert fits(); check_named(page, engine)
         assert page.locator('.pg-at-spectrum img').get_attribute('alt').startswith('Block 2, mlp.c_fc')
         # β by keyboard
         first = page.locator('.pg-at-spectrum img').get_attribute('src')
@@ -80,20 +99,42 @@ def test_voila(browser, engine, tmp_path):
         check_screen(page, engine, Settings(three, beta=beta))
         assert second!=page.locator('.pg-at-spectrum img').get_attribute('src')
         # code and weights
-        text = page.locator('.pg textarea').input_value()
+        check_named(page, engine)
+        text = check_copied(page)
         exec(text.rpartition('\n')[0], made := {})
-        page.locator('.pg input[type=text]').last.fill(str(tmp_path/'merged.safetensors')); page.keyboard.press('Tab')
         button('Save'); page.wait_for_selector('.pg-saved')
+        assert page.inner_text('.pg-saved').startswith(f'saved {tmp_path}/merged.safetensors,') and fits()       # where the server was started
         saved, ref = read_state(tmp_path/'merged.safetensors'), engine.state(Settings(three, beta=beta))
         for k in ref: assert torch.allclose(made['state'][k], ref[k], atol=1e-5) and torch.allclose(saved[k], ref[k], atol=1e-5)
-        button('Save'); page.wait_for_selector('.pg-error'); assert 'exists' in page.inner_text('.pg-error')
+        button('Save'); page.wait_for_selector('.pg-error'); assert 'exists' in page.inner_text('.pg-error') and fits()
+        # the same line of what was tried, twice
+        tried = page.locator('.pg-mono select')
+        for _ in range(2):
+            tried.select_option(index=next(i for i, t in enumerate(tried.locator('option').all_inner_texts()) if f'β={betas[20]:g}' in t.split())); settled(page)
+            assert typed_beta(page)==betas[20]
+            handle(page).focus(); page.keyboard.press('Home'); settled(page)
         # what makes no model
         for i in (2, 3): tick(f'{i} {names[i-1]}')
         menu(0, 'Consensus'); page.wait_for_selector('.pg-error >> text=two at least')
-        assert page.locator('.pg-at-accuracy.pg-stale').count() and not page.locator('.pg-mean').count()
+        assert page.locator('.pg-stale.pg-empty').count()==5 and not page.locator('.pg-mean').count() and not page.locator('.pg textarea').input_value() and fits()
+        button('Other images'); page.wait_for_timeout(300); assert page.locator('.pg-error').count()==1
         button('first 20'); menu(0, 'TSV-M'); page.wait_for_selector('.pg-error >> text=more than the singular values')
         button('Reset'); page.wait_for_selector('.pg-error', state='detached')
+        # a number that is none
+        box = page.get_by_label('α auto: number', exact=True); box.fill('nan'); page.keyboard.press('Enter')
+        page.wait_for_function("document.querySelector('.pg-settings').innerText.includes('α = 0.2263') && [...document.querySelectorAll('.pg-controls input[type=text]')].some(i => i.value=='0.2263')")
+        settled(page)
         assert not wrong, wrong
+
+def test_a_second_server_takes_the_next_port(tmp_path):
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0)); s.listen(); port = s.getsockname()[1]
+        after = next(p for p in range(port+1, port+50) if not listens(p))
+        with serving([sys.executable, '-m', 'subspace_nb.app', '--port', str(port)], f'http://127.0.0.1:{after}/voila/static/spinner.css', tmp_path):
+            assert f'http://127.0.0.1:{after}/ ' in (tmp_path/'server.log').read_text()
+
+def listens(port):
+    with socket.socket() as s: return s.connect_ex(('127.0.0.1', port))==0
 
 def test_jupyterlab(browser, engine, tmp_path):
     with jupyterlab(tmp_path, '40_playground') as address, page_of(browser) as (page, wrong):
@@ -108,5 +149,5 @@ def test_jupyterlab(browser, engine, tmp_path):
         settled(page)
         check_screen(page, engine, Settings(tuple(engine.pool.tasks[:2]), beta=typed_beta(page)))
         assert typed_beta(page)==betas[24] and first!=page.locator('.pg-at-spectrum img').get_attribute('src')
-        nothing_cut_off(page)
+        nothing_cut_off(page); check_named(page, engine); check_copied(page)
         assert not wrong, wrong

@@ -20,7 +20,7 @@ from subspace_nb.merge import task_arithmetic
 from subspace_nb.score import open_results
 from subspace_nb.spectra import energy_rank, singular_values, stable_rank
 from subspace_nb.theory import average_bound, orthogonal_components
-from browser_help import browser, jupyterlab, needs, page_of, run_all
+from browser_help import browser, controls_of, jupyterlab, needs, page_of, run_all
 
 pytestmark = needs('jupyterlab')
 shots = os.environ.get('SUBSPACE_NB_SHOTS')
@@ -186,11 +186,14 @@ def test_chapter(browser, lab, name):
     with page_of(browser) as (page, wrong):
         run_all(page, lab, name, '.ex img.ex-picture', seconds=600)
         whole(page)
+        assert all(name.strip() for _, name, _ in controls_of(page, '.ex'))
         seen = []
         for i, _ in enumerate(chapters[name](page)):
             assert picture(page) not in seen, 'the picture did not change'
             assert all(v in alt(page) for v in numbers(page).values())          # the alternative text says the same
             seen.append(picture(page)); shoot(page, f'{name}_{i}')
+        said = [value for role, _, value in controls_of(page, '.ex') if role=='slider']
+        assert said==[page.locator('.ex .widget-readout').nth(i).inner_text() for i in range(len(said))]
         assert len(seen)==3 and not page.locator('.ex .ex-error').count()
         whole(page)
         page.evaluate('window.jupyterapp.serviceManager.sessions.shutdownAll()')

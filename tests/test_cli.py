@@ -5,9 +5,10 @@ import torch
 from safetensors.torch import save_file
 
 from subspace_nb.alignment import alignment_matrix
-from subspace_nb.cli import align_files, all_options, layer_ranks, main, parser
+from subspace_nb.cli import align_files, all_options, expert_names, layer_ranks, main, parser
 from subspace_nb.hub import Checkpoint
 from subspace_nb.merge import task_arithmetic, ties
+from subspace_nb.rivals import knots
 from subspace_nb.spectra import stable_rank
 from subspace_nb.stream import partial_folder
 from subspace_nb.tasks import task_vector
@@ -47,6 +48,11 @@ def test_merge(models, capsys):
     code, out, _ = call(capsys, 'merge', *EXPERTS, '--out', 'out', '--overwrite', '--json', '--alpha', '.2')
     assert code==0 and json.loads(out)['report']['alpha']==.2 and merged('out', task_arithmetic(taus).apply(models['base'], .2))
 
+def test_progress(models, capsys):
+    flags = [f for f in EXPERTS if f!='--quiet']
+    code, out, err = call(capsys, 'merge', *flags, '--out', 'out', '--method', 'ties')
+    assert code==0 and all(step in err for step in ('hashes', 'thresholds', 'signs', 'merge')) and 'hashes' not in out
+
 def test_merge_in_processes(models, capsys):
     taus = [task_vector(models['base'], models[n]) for n in ('one', 'two', 'three')]
     assert call(capsys, 'merge', *EXPERTS, '--out', 'out', '--workers', '2')[0]==0
@@ -72,6 +78,20 @@ def test_yaml_and_precedence(models, tmp_path, capsys):
     code, out, _ = call(capsys, 'merge', '--config', 'c.yml', '--out', 'out', '--alpha', '0.5', '--json', '--quiet')
     report = json.loads(out)['report']
     assert code==0 and (report['alpha'], report['beta'], report['method'], report['options'], len(report['experts']))==(.5, 0, 'ties', {'keep': .4}, 2)
+
+def test_none_takes_back_what_a_file_says(models, tmp_path, capsys):
+    (tmp_path/'c.yml').write_text('base: base\nexperts: [one, two]\nboost: 0.0\nslope: 0.3\nrank_tol: 0.1\n')
+    read = lambda *flags: json.loads(call(capsys, 'merge', '--config', 'c.yml', '--out', 'out', '--overwrite', '--json', '--quiet', *flags)[1])['report']
+    assert [read()[k] for k in ('beta', 'slope', 'rank_tol')]==[0, .3, .1]
+    said = read('--boost', 'none', '--slope', 'none')
+    assert [said[k] for k in ('beta', 'slope', 'rank_tol')]==[None, None, .1]
+    taus = [task_vector(models['base'], models[n]) for n in ('one', 'two')]
+    assert merged('out', task_arithmetic(taus).apply(models['base']))
+
+def test_knots(models, capsys):
+    taus = [task_vector(models['base'], models[n]) for n in ('one', 'two', 'three')]
+    assert call(capsys, 'merge', *EXPERTS, '--out', 'out', '--method', 'knots', '--keep', '.3', '--alpha', '.5', '--device', 'cpu')[0]==0
+    assert merged('out', knots(taus, lambda t: ties(t, .3), device='cpu').apply(models['base'], .5))
 
 KIT = '''
 merge_method: {method}
@@ -101,6 +121,21 @@ def test_mergekit_linear_is_the_weighted_mean_of_all_models(models, tmp_path, ca
     (tmp_path/'k.yml').write_text('merge_method: linear\nmodels: [{model: one}, {model: three}]\nparameters: {weight: 0.7}')           # no base is named
     assert call(capsys, 'merge', '--config', 'k.yml', '--out', 'out', '--quiet', '--overwrite')[0]==0
     for k, v in Checkpoint('out').items(): torch.testing.assert_close(v, (models['one'][k]+models['three'][k])/2)
+
+def test_mergekit_ids_of_the_hub(models, tmp_path, capsys, monkeypatch):
+    import huggingface_hub.constants as c
+    monkeypatch.setattr(c, 'HF_HUB_OFFLINE', True); monkeypatch.setattr(c, 'HF_HUB_CACHE', str(tmp_path/'cache'))
+    for n, commit in (('base', 'a'*40), ('one', 'b'*40), ('two', 'c'*40)):
+        root = tmp_path/'cache'/f'models--some-lab--{n}'
+        (root/'snapshots').mkdir(parents=True); (root/'refs').mkdir(); (root/'refs'/'main').write_text(commit)
+        (tmp_path/n).rename(root/'snapshots'/commit)
+    (tmp_path/'k.yml').write_text(KIT.format(method='task_arithmetic', more='').replace('base_model: base', 'base_model: some-lab/base').replace('model: base', 'model: some-lab/base').replace(': one', ': some-lab/one').replace(': two', f": some-lab/two@{'c'*40}"))
+    code, _, err = call(capsys, 'merge', '--config', 'k.yml', '--out', 'out', '--quiet')
+    assert code==0, err
+    assert merged('out', task_arithmetic([task_vector(models['base'], models[n]) for n in ('one', 'two')]).apply(models['base'], .5))
+    (tmp_path/'k.yml').write_text(KIT.format(method='task_arithmetic', more='').replace(': one', ': some-lab/nothing'))
+    code, _, err = call(capsys, 'merge', '--config', 'k.yml', '--out', 'other', '--quiet')
+    assert code==1 and 'some-lab/nothing does not exist here, and as a repository of the hub' in err
 
 def test_mergekit_types(models, tmp_path, capsys):
     (tmp_path/'base'/'config.json').write_text('{"torch_dtype": "float32"}')
@@ -158,6 +193,23 @@ def test_inspect(models, capsys):
     code, out, _ = call(capsys, 'inspect', 'base', '--json')
     data = json.loads(out)
     assert data['layout']=='timm ViT' and data['parameters']=={'float32': sum(v.numel() for v in models['base'].values())} and data['blocks']=={'blocks': 2}
+
+def test_names_that_tell_experts_apart(models, tmp_path, capsys):
+    for new, old in (('Qwen2.5-math', 'one'), ('Qwen2.5-code', 'two'), ('run/sum', 'three')): (tmp_path/new).parent.mkdir(exist_ok=True); (tmp_path/old).rename(tmp_path/new)
+    assert list(layer_ranks('base', ['Qwen2.5-math', 'Qwen2.5-code']).columns)==['layer', 'block', 'component', 'Qwen2.5-math', 'Qwen2.5-code', 'sum']
+    taus = [task_vector(models['base'], models[n]) for n in ('one', 'three')]
+    here = tmp_path.name
+    table = layer_ranks('base', ['Qwen2.5-math', 'run/sum']).set_index('layer')                             # "sum" is a column already
+    assert list(table.columns)==['block', 'component', f'{here}/Qwen2.5-math', 'run/sum', 'sum']
+    k = 'blocks.1.mlp.fc1.weight'
+    assert abs(table.loc[k, 'run/sum']-float(stable_rank(taus[1][k])))<2e-3 and abs(table.loc[k, 'sum']-float(stable_rank(sum(taus)[k])))<2e-3
+    (tmp_path/'other').mkdir(); (tmp_path/'run'/'sum').rename(tmp_path/'other'/'Qwen2.5-math')
+    flags = ['--base', 'base', '--expert', 'Qwen2.5-math', '--expert', 'Qwen2.5-code', '--expert', 'other/Qwen2.5-math', '--quiet', '--json']
+    assert json.loads(call(capsys, 'align', *flags)[1])['experts']==[f'{here}/Qwen2.5-math', f'{here}/Qwen2.5-code', 'other/Qwen2.5-math']
+    picked = json.loads(call(capsys, 'select', *flags, '--k', '1', '--pool', 'other/Qwen2.5-math')[1])['picked']
+    assert picked in ([f'{here}/Qwen2.5-math'], [f'{here}/Qwen2.5-code'])
+    assert expert_names(['a/x.safetensors', 'b/y.safetensors'])==['x', 'y'] and expert_names(['sum.pt'])==[f'{here}/sum']
+    with pytest.raises(ValueError, match='twice'): expert_names(['a', './a'])
 
 def test_inspect_an_adapter(tmp_path, capsys):
     (tmp_path/'a').mkdir()

@@ -1,13 +1,17 @@
 "Counting matrices, the nonnegative fit, calibration and forecasts: oracles, invariances, refused inputs."
+import importlib
 import json
+import sys
 import time
+from pathlib import Path
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from conftest import make_tau
-from subspace_nb.cost import (Calibration, Law, best_of, calibrate, check_experts, check_method, decay, estimate, fit_power, methods, model_shapes, nonnegative_fit,
+from subspace_nb.cost import (Calibration, Law, Method, best_of, calibrate, check_experts, check_method, decay, estimate, fit_power, methods, model_shapes, nonnegative_fit,
                               part_name, pieces, plan, random_experts, random_matrix, shapes_of, t5_shapes, terms, time_matrix, vit_shapes)
+from subspace_nb.score import Results
 from subspace_nb.tasks import TaskVector, block_index, in_block, row_slices
 
 sides = st.sampled_from(['short', 'in', 'out', ''])
@@ -85,6 +89,48 @@ def test_every_method_runs_on_every_form_of_matrix(method):
     for out, inp in ((48, 16), (16, 16), (64, 16), (16, 64)):
         r = time_matrix(method, 3, out, inp, repeats=1)
         assert r['each']>0 and r['MiB']>=0 and (r['method'], r['experts'], r['out'], r['inp'], r['count'])==(method, 3, out, inp, 1)
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    "A benchmark's module, by name."
+    root, before = Path(__file__).parents[1], set(sys.modules)
+    monkeypatch.syspath_prepend(root/'benchmarks'); monkeypatch.chdir(root)
+    yield importlib.import_module
+    for name in set(sys.modules)-before:
+        if Path(getattr(sys.modules[name], '__file__', None) or '').parent==root/'benchmarks': del sys.modules[name]
+
+
+@pytest.fixture(params=['esm', 'ties'])
+def witness(request, monkeypatch):
+    "A method that writes down where its inputs and the work are."
+    places = []
+    def run(taus, xs, device): places.append({str(device), *(str(w.device) for d in (*taus, *xs) for w in d.values())})
+    monkeypatch.setitem(methods, request.param, Method(run))
+    return request.param, places
+
+
+def test_inputs_lie_on_the_device_before_the_clock_starts(witness, bench):
+    method, places = witness
+    for device in ('meta', torch.device('meta'), 'cpu'):
+        time_matrix(method, 2, 24, 8, device=device, repeats=1)
+        assert places.pop()=={str(device)} and not places
+    bench('cost').time_blocks(method, 2, 2, 8, torch.device('meta'))
+    assert places and all(p=={'meta'} for p in places)
+
+
+def test_experts_do_not_depend_on_the_device():
+    taus, xs = random_experts(2, 24, 8, 2, proxy=True, device='meta')
+    assert {w.device.type for d in (*taus, *xs) for w in d.values()}=={'meta'} and all(xs)
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(random_experts(2, 24, 8)[0], random_experts(2, 24, 8, device='cpu')[0]) for k in a)
+
+
+def test_benchmarks_ask_by_default_for_the_rows_that_are_stored(bench):
+    cost, elsewhere = bench('cost'), bench('elsewhere')
+    stored = Results('nbs/results/cost.json')
+    assert not [j for part in ('table', 'plain', 'law', 'large', 'blocks') for j in cost.jobs(part) if not stored.find(**cost.key_of(j))]
+    stored = Results('nbs/results/cost_elsewhere.json')
+    assert all(stored.find(tool=t, method=m, experts=n, blocks=elsewhere.stored_blocks[m]) for m, ts in elsewhere.tools.items() for t in ts for n in (2, 8, 20))
 
 
 def test_best_of_stops_in_time():
@@ -213,6 +259,12 @@ def test_calibration_of_this_machine():
     law = cal.law('iso_c')
     assert isinstance(law, Law) and law.largest==(3, 32) and (law.coefficients>=0).all() and cal.law('iso_c') is law and law.beyond(4, 8, 8) and not law.beyond(3, 8, 99)
     assert all(abs(law(r['experts'], r['out'], r['inp'])/r['each']-1)<1e-9 for r in cal.of('iso_c'))
+
+
+def test_one_method_may_be_named_alone():
+    cal = both('iso_c', [1e-4, 0, 1e-3, 0, .1, 0])
+    assert plan(vit_shapes(64, 1), 2, cal, 'iso_c').equals(plan(vit_shapes(64, 1), 2, cal, ['iso_c'])) and len(plan(vit_shapes(64, 1), 2, cal))==2
+    with pytest.raises(ValueError, match="not 'magic'"): plan(vit_shapes(64, 1), 2, cal, 'magic')
 
 
 def test_what_is_refused():

@@ -109,12 +109,31 @@ def test_stub_needs_no_input(own):
     with pytest.raises(ZeroDivisionError): check('98.1', constant)
 
 
-def test_returning_nothing_later_is_not_written_either(own):
+def test_planned_is_not_written_yet(own):
+    exercise('98.1', cases=[1], wrong=constant)(lambda x: x)
+    def planned(x): raise NotImplementedError
+    def later(x): return ... if x else 0
+    assert check('98.1', planned).text==check('98.1', later).text=='not written yet'
+
+
+def test_a_written_function_is_never_said_to_be_unwritten(own):
     exercise('98.1', cases=[1, 2], wrong=constant)(lambda x: x)
     def half(x):
         if x==1: return x
-    def planned(x): raise NotImplementedError
-    assert check('98.1', half).text==check('98.1', planned).text=='not written yet'
+    def forgetful(x): x*1
+    says = 'your function returned nothing: is a `return` missing?'
+    assert check('98.1', forgetful).text==f'case 1 of 2 (x = 1): {says}' and check('98.1', half).text==f'case 2 of 2 (x = 2): {says}'
+    def vague(x): raise NotImplementedError('negative x')
+    assert 'raised NotImplementedError: negative x, in `def vague' in check('98.1', vague).text
+    exercise('98.2', cases=[torch.tensor([1, 2])], wrong=constant)(lambda x: x.double().softmax(-1))
+    def whole(x): return x.softmax(-1)                      # torch has no kernel for whole numbers
+    v = check('98.2', whole)
+    assert not v and "raised NotImplementedError" in v.text and "'Long'" in v.text and '\n' not in v.text
+
+
+def test_nothing_is_right_where_nothing_is_asked_for(own):
+    exercise('98.1', cases=[1], wrong=constant)(lambda x: None)
+    assert check('98.1', lambda x: [].clear())
 
 
 def test_fresh_shares_no_memory():

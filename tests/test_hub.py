@@ -1,5 +1,6 @@
 """Checkpoints on disk: every format, every kind of damage, layouts, adapters, the hub's cache."""
 import json, os, pickle, re
+from pathlib import Path
 import pytest
 import torch
 from hypothesis import given, strategies as st
@@ -8,7 +9,7 @@ from safetensors.torch import save_file
 
 from subspace_nb.boost import boost
 from subspace_nb.experts import import_open_clip, sha256
-from subspace_nb.hub import (Adapter, Checkpoint, Layout, boost_factors, dtype_names, fetch, from_open_clip, hub_ids, image_tower, join_qkv, layouts, merge_adapters,
+from subspace_nb.hub import (Adapter, Checkpoint, Layout, boost_factors, commit_of, dtype_names, fetch, from_open_clip, hub_ids, image_tower, join_qkv, layouts, locate, merge_adapters,
                              pool_from_hub, read_entry, read_header, read_index, read_pickle, recognise, save_adapter, split_qkv, to_open_clip, unit_shape, zero_shot_head)
 from subspace_nb.spectra import numerical_rank
 from subspace_nb.tasks import task_vector
@@ -371,6 +372,27 @@ def test_both_families_from_a_cache(clip, tmp_path, offline):
     assert all(torch.equal(old.task_vector('Cars')[k], want[k]) for k in want) and set(want)==set(tower)
     with pytest.raises(FileNotFoundError, match='sun397 at deadbeef'): pool_from_hub(tasks='sun397', revisions={'tanganke/clip-vit-base-patch32_sun397': 'deadbeef'}, cache_dir=cache)
     with pytest.raises(FileNotFoundError, match='nik-dim/tall_masks/no.pt'): fetch('nik-dim/tall_masks', 'no.pt', cache_dir=cache)
+
+@pytest.mark.parametrize('number', ['ENOSPC', 'EDQUOT', 'EACCES'])
+def test_a_full_disk_is_no_missing_repository(monkeypatch, number):
+    import errno, huggingface_hub
+    def fail(*args, **kwargs): raise OSError(getattr(errno, number), os.strerror(getattr(errno, number)))
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', fail)
+    with pytest.raises(OSError) as e: fetch('some/repo')
+    assert e.value.errno==getattr(errno, number) and not isinstance(e.value, FileNotFoundError)
+
+def test_commits_and_places(clip, tmp_path, offline):
+    assert commit_of(Path('/data/snapshots/hub/models--a--b/snapshots/abc/sub/f.pt'))=='abc' and commit_of(Path('/data/hub'))is None
+    clip.save_pretrained(tmp_path/'m'); into_cache(tmp_path/'m', 'lab/clip', tmp_path/'cache', 'a'*40)
+    for name in ('lab/clip', 'lab/clip@main', f"lab/clip@{'a'*40}"): assert commit_of(locate(name, tmp_path/'cache'))=='a'*40
+    for here in (tmp_path/'m', tmp_path/'nothing', './a/b', 'a', 'a/b/c'): assert locate(here, tmp_path/'cache')==Path(here)      # no ids
+    for name in ('lab/other', 'lab/clip@v2'):
+        with pytest.raises(FileNotFoundError, match=f'{name} does not exist here, and as a repository'): locate(name, tmp_path/'cache')
+
+def test_companions_in_folders(sharded, tmp_path):
+    d = copy(sharded, tmp_path/'d')
+    for sub, f in (('1_Pooling', 'config.json'), ('2_Dense', 'config.json'), ('2_Dense', 'pytorch_model.bin'), ('logs', 'big'), ('deep/er', 'x')): (d/sub).mkdir(parents=True, exist_ok=True); (d/sub/f).write_bytes(bytes(2**20 if f=='big' else 3))
+    assert [str(f.relative_to(d)) for f in Checkpoint(d).companions]==['1_Pooling/config.json', 'config.json']
 
 def test_heads():
     encode = lambda ts: torch.tensor([[len(t), 1., t.count('a')] for t in ts])

@@ -1,13 +1,13 @@
 "The language chapter on a toy encoder and toy texts: nothing to download; and what ships, as it is."
-import io, json, lzma, tarfile
+import io, json, lzma, re, shutil, tarfile
 from importlib.resources import files
 from pathlib import Path
 import numpy as np, pytest, torch
 from fastcore.script import CliError
 from hypothesis import given, settings, strategies as st
 from subspace_nb import language as lang, zoo_build
-from subspace_nb.experts import import_open_clip, read_state
-from subspace_nb.language import LanguagePool, build_language, collapse_row, embed, fine_tune, identity, pack, read_texts, split_texts, sweep, tidy, write_texts
+from subspace_nb.experts import import_open_clip, read_state, write_state
+from subspace_nb.language import LanguagePool, build_language, collapse_row, embed, fine_tune, fit, heads_row, identity, pack, schedule, read_texts, split_texts, sweep, tidy, write_texts
 from subspace_nb.score import Results
 from subspace_nb.tasks import TaskVector
 from subspace_nb.zoo_build import Work
@@ -100,6 +100,28 @@ def test_head_is_the_nearest_centroid(pool):
     assert (pool.predict(pool.base, 'things')==want).all()
 
 
+def test_heads_of_more_and_fewer_texts(pool):
+    row = heads_row(pool, (1, 2, 5), 'test'); assert list(row['accuracy'])==['1', '2', '5']
+    for n, got in row['accuracy'].items():
+        right = []
+        for t in pool.tasks:
+            z, y = pool.features(pool.base, t, 'train'), pool.labels(t, 'train')
+            c = torch.stack([z[(y==k).nonzero()[:int(n), 0]].mean(0) for k in y.unique()])              # the first n of each class
+            right.append((torch.cdist(pool.features(pool.base, t), c).argmin(1)==pool.labels(t)).double().mean().item())
+        assert got==pytest.approx(100*np.mean(right), abs=.006)
+    assert all(torch.equal(a, b) for a, b in zip(pool.head('signs'), pool.head('signs', small['head']['shots'])))
+    for bad in (0, -1, 30): pytest.raises(ValueError, pool.head, 'signs', bad)
+
+
+def test_fit_leaves_off_on_the_way():
+    def run(**options): w = torch.ones(3, requires_grad=True); return fit([w], lambda i: (w*(i+1)).square().sum(), 20, .1, .1, 4, **options), w.detach()
+    full, w = run(); short, v = run(stop=7)
+    assert len(full)==20 and short==full[:7] and not torch.equal(v, w) and run(stop=99)[0]==full
+    rates = []
+    flat, _ = run(rate=lambda *a: rates.append(a) or 1.)
+    assert rates==[(i, 20, 4) for i in range(20)] and flat!=full and run(rate=schedule)[0]==full
+
+
 @pytest.mark.parametrize('batch', [1, 5, 64])
 def test_embeddings_do_not_depend_on_the_batch(pool, batch):
     a = pool.features(pool.base, 'signs', batch=batch)
@@ -118,6 +140,11 @@ def test_inputs_are_what_the_layers_saw(built):
     assert all(v.shape==(tokens, built.base[k].shape[1]) for k, v in x.items())
     k = 'encoder.layer.1.attention.self.'
     assert torch.equal(x[k+'query.weight'], x[k+'value.weight']) and not any(m._forward_pre_hooks for m in built.net.modules())
+    net, got = built.model(built.expert('signs')), []
+    hook = net.encoder.layer[1].output.dense.register_forward_pre_hook(lambda m, a: got.append(a[0]))
+    with torch.no_grad(): [embed(net, *pack([t])) for t in built.ids('signs', 'proxy')[:4]]
+    hook.remove()
+    assert torch.allclose(x['encoder.layer.1.output.dense.weight'], torch.cat([g[0] for g in got]), atol=1e-5)       # text by text, without padding
 
 
 def test_sweep_resumes_and_refuses(built, pool, tmp_path):
@@ -130,6 +157,39 @@ def test_sweep_resumes_and_refuses(built, pool, tmp_path):
     assert (tmp_path/'r.json').read_bytes()==before
     with pytest.raises(ValueError, match='only must be among'): sweep(built, results, (2,), ['TSVM'])
     with pytest.raises(FileNotFoundError, match='zoo_build language'): sweep(pool, results, (2,), ['TA'])
+
+
+def copied(built, encoder, folder): shutil.copytree(built.folder, folder); return LanguagePool(encoder, folder, toy_texts(), small, 'cpu')
+
+
+def test_digest_tells_experts_apart(built, encoder, tmp_path):
+    other = copied(built, encoder, tmp_path/'e'); assert len(built.digest)==16 and other.digest==built.digest and set(built.digest)<=set('0123456789abcdef')
+    a, b = [other.folder/f'{t}.safetensors' for t in other.tasks]
+    state = read_state(a); k = next(iter(state)); state[k].view(-1)[0] += 1e-3; write_state(state, a)
+    assert other.digest!=built.digest                                       # one weight
+    shutil.copy(built.folder/b.name, a); shutil.copy(built.folder/a.name, b)
+    assert other.digest!=built.digest                                       # the same files, exchanged
+    (other.folder/'things.json').unlink()
+    assert not other.complete
+    with pytest.raises(FileNotFoundError, match=r'no things\.json; python -m subspace_nb.zoo_build language'): other.digest
+    with pytest.raises(FileNotFoundError, match='things'): sweep(other, Results(tmp_path/'r.json'), (2,), ['Base'])
+
+
+def test_rows_belong_to_their_experts(built, encoder, tmp_path, monkeypatch, capsys):
+    real, out = LanguagePool, tmp_path/'out'; other = copied(built, encoder, tmp_path/'e')
+    monkeypatch.setattr(lang, 'LanguagePool', lambda experts: real(encoder, experts, toy_texts(), small, 'cpu'))
+    monkeypatch.setattr(lang, 'collapse_row', lambda taus: dict(n=len(taus))); monkeypatch.setattr(lang, 'heads_row', lambda pool: dict(accuracy={}))
+    monkeypatch.setattr(lang, 'training_row', lambda pool, task: dict(losses=[]))
+    def run(folder): lang.main(['--sizes', '2', '--methods', 'Base', 'Average', '--experts', str(folder), '--folder', str(out)]); return json.loads((out/'language.json').read_text('utf-8'))
+    first = run(built.folder); assert first['meta']['settings']['experts']==built.digest and [r['kind'] for r in first['rows']]==['merge', 'merge', 'collapse', 'training', 'heads']
+    assert run(other.folder)==first                                         # the same experts elsewhere: nothing is computed again
+    state = read_state(other.folder/'signs.safetensors'); write_state({k: v*1.5 for k, v in state.items()}, other.folder/'signs.safetensors')
+    second = run(other.folder); assert second['meta']['settings']['experts']==other.digest!=built.digest and len(second['rows'])==5
+    average = lambda data: next(r for r in data['rows'] if r.get('method')=='Average')
+    assert average(second)!=average(first)
+    (other.folder/'signs.json').unlink(); before = (out/'language.json').read_bytes()
+    with pytest.raises(SystemExit): run(other.folder)
+    assert 'no signs.json' in capsys.readouterr().err and (out/'language.json').read_bytes()==before
 
 
 def test_collapse_of_planted_task_vectors():
@@ -260,10 +320,13 @@ def test_commands(monkeypatch, tmp_path, capsys):
 
 def test_stored_results():
     data = json.loads((Path(__file__).parents[1]/'nbs'/'results'/'language.json').read_text('utf-8'))
-    assert data['meta']['settings']==json.loads(json.dumps(lang.settings_of()))
+    assert re.fullmatch('[0-9a-f]{16}', data['meta']['settings'].pop('experts')) and data['meta']['settings']==json.loads(json.dumps(lang.settings_of()))
+    heads, = [r['accuracy'] for r in data['rows'] if r['kind']=='heads']
+    assert list(heads)==['2', '4', '8', '16', '64'] and list(heads.values())==sorted(heads.values())       # more texts, better heads
     rows = {r['method']: r for r in data['rows'] if r['kind']=='merge' and r['tasks']==8}
     assert set(rows)==set(lang.names)
     for m, r in rows.items():
         assert set(r['per_task'])==set(lang.tasks) and r['accuracy']==pytest.approx(sum(r['per_task'].values())/8, abs=.02)
         assert rows['Base']['accuracy']<=r['accuracy']+5 and r['accuracy']<=rows['Experts']['accuracy']
     assert all(rows['Experts']['per_task'][t]>=rows['Base']['per_task'][t]+5 for t in lang.tasks)
+    assert heads[str(lang.recipe['head']['shots'])]<=rows['Experts']['accuracy']-5

@@ -252,6 +252,14 @@ def test_sizes_of_results(taus):
     assert lines(ties(taus), taus, 0.).norm(1)==pytest.approx(total.norm(1), rel=1e-9)
     assert all(lines_factors(SHAPES, .5, .2)[k] <= .7+1e-12 for k in SHAPES)
 
+def test_breadcrumbs_counts_equal_magnitudes_out():
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(100):                                                             # few values: equal ones at both edges, in numbers that may cancel
+        w = torch.randint(-4, 5, (270,), generator=rng)*.5
+        keep = w.abs().argsort(stable=True)[135:243]
+        want = torch.zeros_like(w); want[keep] = w[keep]
+        assert torch.equal(breadcrumbs([TaskVector({'w': w})], density=.4, gamma=.1)['w'], want)
+
 def test_stock_ratio():
     w = torch.randn(50, dtype=torch.float64)
     assert stock_ratio([w, 2*w, 3*w]).item()==pytest.approx(1)

@@ -1,7 +1,8 @@
 """mergekit's files, run by this command and by mergekit itself: the same weights to float rounding.
 
-mergekit lives in an environment of its own. `python -m venv DIR; DIR/bin/pip install mergekit`, then set SUBSPACE_NB_MERGEKIT=DIR/bin/python."""
+mergekit lives in an environment of its own: `make mergekit` makes .mergekit/ here; SUBSPACE_NB_MERGEKIT names the python of another one."""
 import json, os, re, subprocess
+from pathlib import Path
 import pytest
 import torch
 
@@ -12,8 +13,9 @@ import_open_clip()
 import transformers
 transformers.logging.set_verbosity_error(); transformers.logging.disable_progress_bar()
 
-PYTHON = os.environ.get('SUBSPACE_NB_MERGEKIT')
-pytestmark = pytest.mark.skipif(not PYTHON, reason='set SUBSPACE_NB_MERGEKIT to the python of an environment with mergekit (python -m venv DIR; DIR/bin/pip install mergekit)')
+OWN = Path(__file__).resolve().parent.parent/'.mergekit'
+PYTHON = os.environ.get('SUBSPACE_NB_MERGEKIT') or (str(OWN/'bin'/'python') if (OWN/'.installed').exists() else None)
+pytestmark = pytest.mark.skipif(not PYTHON, reason='`make mergekit` makes the environment that this compares with')
 
 MODELS = {
     'llama': lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=64, max_position_embeddings=32)),

@@ -1,18 +1,17 @@
 """The site: the real book built whole, its links followed, its index of the papers complete, and opened in a real Chromium from the disk."""
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 from nbformat import write
 from nbformat.v4 import new_code_cell as code, new_markdown_cell as md, new_notebook, new_output
 
+from browser_help import browser, needs, patience
 from subspace_nb import site
 from subspace_nb.book import chapters, outside_requests, paper_items
 from subspace_nb.spectra import stable_rank
 
 root = Path(__file__).parent.parent
-chromium = next((p for p in map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome')) if p), None)
 
 @pytest.fixture(scope='module')
 def built(tmp_path_factory):
@@ -61,13 +60,26 @@ def test_names_in_the_prose_are_links(built):
     assert {'api-boost.html#subspace_boosting'} <= {a['href'] for a in links}
 
 def test_every_public_name_has_an_entry_with_what_it_does():
-    for module in ('spectra', 'tasks', 'merge', 'boost', 'rivals', 'hogsvd', 'alignment', 'essential', 'esm', 'stream', 'hub'):
+    for module in ('spectra', 'tasks', 'experts', 'merge', 'plots', 'score', 'exercises', 'widgets', 'collapse', 'theory', 'boost', 'rivals', 'hogsvd', 'alignment', 'essential', 'esm', 'vision', 'stream', 'published', 'hub', 'book', 'site'):
         _, entries = site.reference('subspace_nb', module)
         assert entries
         for e in entries:
             if e.kind!='function': continue
             assert e.doc and e.call.startswith(e.name), e
-            assert all(meaning for name, *_, meaning in e.params if f'**{name}' not in e.call), e
+            assert all(meaning for *_, meaning in e.params), e
+
+@pytest.mark.parametrize('module', sorted({p.stem for p in (root/'subspace_nb').glob('[!_]*.py')}-{'answers'}))
+def test_options_that_are_passed_on_say_what_they_may_be(module):
+    forwards = {('to', '*args'), ('to', '**kwargs'), ('forward', '*args'), ('forward', '**kwargs')} # to torch, whose names they are
+    for e in site.reference('subspace_nb', module)[1]:
+        for x in (e, *e.members): assert all(meaning for name, *_, meaning in x.params if name[0]=='*' and (x.name, name) not in forwards), x
+
+@pytest.mark.parametrize('module, name, param, says', [('stream', 'merge_files', '**options', 'of the method'), ('alignment', 'alignment_matrix', '**kwargs', 'head_width'), ('widgets', 'Explorer', '**controls', 'ipywidget'),
+    ('app', 'Playground', '**settings', 'traits'), ('experts', 'write_state', '**metadata', 'strings'), ('experts', 'Pool.from_hub', '**kwargs', 'clip_pool'), ('exercises', 'draw', '*shape', 'of the tensor')])
+def test_starred_parameters_on_their_page(built, module, name, param, says):
+    entry = site.soup(text_of(built[0], f'api-{module}.html')).find(id=name)
+    row, = [r for r in entry.select('tbody tr') if r.td and r.td.get_text()==param]
+    assert says in row.select('td')[-1].get_text()
 
 # --- the index of the papers
 
@@ -133,6 +145,26 @@ def test_a_class_shows_its_methods():
     assert e.members[0].params==[('x', 'int', '', 'what')] and e.members[0].returns==('bool', 'whether it fits')
     html = site.entry_html(e)
     assert 'id="Box.put"' in html and '_secret' not in html
+
+def test_starred_parameters_keep_their_stars_and_their_meaning():
+    def f(
+        x:int, # a number
+        *rest:float, # more numbers
+        last=3, # one by name
+        # what is handed on, such as `*` or "#1"
+        **more
+    ): pass
+    assert site.describe('f', f).params==[('x', 'int', '', 'a number'), ('*rest', 'float', '', 'more numbers'), ('last', 'int', '3', 'one by name'), ('**more', '', '', 'what is handed on, such as `*` or "#1"')]
+    class Kept:
+        def __init__(self,
+            **settings, # what to keep
+        ): pass
+    assert site.describe('Kept', Kept).params==[('**settings', '', '', 'what to keep')]
+
+def test_a_class_without_a_constructor_of_its_own_has_no_parameters():
+    class Trouble(ValueError): "Goes wrong."
+    class Empty: "Holds nothing."
+    for c in (Trouble, Empty, int): assert site.describe(c.__name__, c).params==[]
 
 def test_a_long_signature_has_a_line_for_each_parameter():
     def f(first:int, *rest:int, third_parameter_of_many:float=1., fourth_parameter_of_many:str='x', **more): pass
@@ -206,51 +238,43 @@ def test_text_stands_out_from_what_is_behind_it(built):
 
 # --- in a browser
 
-def missing():
-    if chromium is None: return 'this test needs a Chromium: apt-get install chromium'
-    try: import playwright
-    except ImportError: return 'this test needs the package playwright: pip install playwright'
-
-@pytest.mark.skipif(missing() is not None, reason=str(missing()))
-def test_in_chromium_from_the_disk(built):
-    from playwright.sync_api import sync_playwright
+@needs()
+def test_in_chromium_from_the_disk(built, browser):
     out, pages = built
     address, wrong = out.resolve().as_uri(), []
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium, args='--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split())
-        page = browser.new_page(viewport=dict(width=1280, height=800)); page.set_default_timeout(120_000)
-        page.on('console', lambda m: wrong.append(m.text) if m.type in ('error', 'warning') else None)
-        page.on('pageerror', lambda e: wrong.append(str(e)))
-        page.on('requestfailed', lambda r: None if r.failure=='net::ERR_ABORTED' else wrong.append(f'failed: {r.url}, {r.failure}')) # aborted: the page was left
-        page.on('request', lambda r: None if r.url.startswith((address, 'data:')) else wrong.append(f'asked for {r.url}'))
-        fits = lambda: page.evaluate('document.documentElement.scrollWidth<=innerWidth')
-        for width, height in ((1280, 800), (390, 844)):
-            page.set_viewport_size(dict(width=width, height=height))
-            for name in pages if width==1280 else ('index.html', 'papers.html', '12_boost.html', '11_theory.html', 'api-hogsvd.html'):
-                page.goto(f'{address}/{name}', wait_until='load')
-                assert fits(), f'{name} is wider than {width}'
-        # every picture of a page is there
-        page.set_viewport_size(dict(width=1280, height=800))
-        page.goto(f'{address}/12_boost.html')
-        page.evaluate("document.querySelectorAll('img').forEach(i => i.loading='eager')")
-        page.wait_for_function("[...document.images].every(i => i.complete && i.naturalWidth>0)")
-        # search by keyboard alone, from the disk
-        page.keyboard.press('Tab')
-        assert page.evaluate('document.activeElement.className')=='skip'
-        page.keyboard.press('/'); page.keyboard.type('stable rank')
-        page.wait_for_selector('#site-results li a')
-        texts = page.locator('#site-results li').all_inner_texts()
-        assert len(texts)>5 and all('stable' in t.lower() for t in texts[:5])
-        assert 'spectra' in ' '.join(page.locator('#site-results li a').evaluate_all('links => links.map(a => a.href)')[:8])
-        page.keyboard.press('ArrowDown')
-        target = page.evaluate('document.activeElement.href')
-        page.keyboard.press('Enter'); page.wait_for_url(target)
-        page.keyboard.press('/'); page.keyboard.type('zzzzqqqq'); page.wait_for_selector('text=Nothing found')
-        page.keyboard.press('Escape'); assert not page.is_visible('#site-results')
-        # the menu of a narrow window
-        page.set_viewport_size(dict(width=390, height=844))
-        assert not page.is_visible('#site-sidebar')
-        page.click('#site-menu'); assert page.is_visible('#site-sidebar') and page.get_attribute('#site-menu', 'aria-expanded')=='true'
-        page.keyboard.press('Escape'); assert not page.is_visible('#site-sidebar')
-        browser.close()
+    page = browser.new_page(viewport=dict(width=1280, height=800)); page.set_default_timeout(patience)
+    page.on('console', lambda m: wrong.append(m.text) if m.type in ('error', 'warning') else None)
+    page.on('pageerror', lambda e: wrong.append(str(e)))
+    page.on('requestfailed', lambda r: None if r.failure=='net::ERR_ABORTED' else wrong.append(f'failed: {r.url}, {r.failure}')) # aborted: the page was left
+    page.on('request', lambda r: None if r.url.startswith((address, 'data:')) else wrong.append(f'asked for {r.url}'))
+    fits = lambda: page.evaluate('document.documentElement.scrollWidth<=innerWidth')
+    for width, height in ((1280, 800), (390, 844)):
+        page.set_viewport_size(dict(width=width, height=height))
+        for name in pages if width==1280 else ('index.html', 'papers.html', '12_boost.html', '11_theory.html', 'api-hogsvd.html'):
+            page.goto(f'{address}/{name}', wait_until='load')
+            assert fits(), f'{name} is wider than {width}'
+    # every picture of a page is there
+    page.set_viewport_size(dict(width=1280, height=800))
+    page.goto(f'{address}/12_boost.html')
+    page.evaluate("document.querySelectorAll('img').forEach(i => i.loading='eager')")
+    page.wait_for_function("[...document.images].every(i => i.complete && i.naturalWidth>0)")
+    # search by keyboard alone, from the disk
+    page.keyboard.press('Tab')
+    assert page.evaluate('document.activeElement.className')=='skip'
+    page.keyboard.press('/'); page.keyboard.type('stable rank')
+    page.wait_for_selector('#site-results li a')
+    texts = page.locator('#site-results li').all_inner_texts()
+    assert len(texts)>5 and all('stable' in t.lower() for t in texts[:5])
+    assert 'spectra' in ' '.join(page.locator('#site-results li a').evaluate_all('links => links.map(a => a.href)')[:8])
+    page.keyboard.press('ArrowDown')
+    target = page.evaluate('document.activeElement.href')
+    page.keyboard.press('Enter'); page.wait_for_url(target)
+    page.keyboard.press('/'); page.keyboard.type('zzzzqqqq'); page.wait_for_selector('text=Nothing found')
+    page.keyboard.press('Escape'); assert not page.is_visible('#site-results')
+    # the menu of a narrow window
+    page.set_viewport_size(dict(width=390, height=844))
+    assert not page.is_visible('#site-sidebar')
+    page.click('#site-menu'); assert page.is_visible('#site-sidebar') and page.get_attribute('#site-menu', 'aria-expanded')=='true'
+    page.keyboard.press('Escape'); assert not page.is_visible('#site-sidebar')
+    page.close()
     assert not wrong, wrong[:5]

@@ -76,7 +76,7 @@ def test_sweep_resumes_and_refuses_unknown_rows(pool, tmp_path, monkeypatch):
 
 
 def test_costs_are_of_the_merge_alone(two):
-    row = cost_row(two, methods['TA'], 2)
+    row = cost_row(two, 'TA', 2)
     assert 0<row['merge_seconds']<5 and row['merge_MiB']>=0
 
 

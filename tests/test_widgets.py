@@ -15,7 +15,7 @@ from PIL import Image
 from traitlets import TraitError
 
 from subspace_nb.book import tidy
-from subspace_nb.widgets import Explorer, as_text, choice, img, png, slider, switch
+from subspace_nb.widgets import Explorer, as_text, choice, copy_button, img, png, slider, switch
 
 def draw(ax, x, name='sin', up=False):
     if x==13: raise ValueError('x must not be 13')
@@ -114,6 +114,11 @@ def test_several_panels_and_extra_axes():
     e = Explorer(three, lambda x: {}, cols=2, size=(2., 2.), x=slider('x', (1., 2., 3.)))
     for x in (2., 3., 1.): e.controls['x'].value = x; assert e.error is None and len(e._figure.axes)==4
     assert picture(e).shape[:2]==(300, 600)
+
+def test_the_page_gets_its_script():
+    (out,) = [c for c in made().children if isinstance(c, w.Output)]
+    assert out.outputs[0]['data']['application/javascript'].count('{')==out.outputs[0]['data']['application/javascript'].count('}')
+    assert 'nb-copy' in copy_button()._dom_classes
 
 def test_controls_are_named_and_hinted():
     for c in made().controls.values(): assert c.description and c.tooltip

@@ -69,7 +69,7 @@ def test_pick_is_even_over_classes():
 def test_learning_rate_and_fit():
     r = [rate(s, 10, 3) for s in range(11)]
     assert r[0]==pytest.approx(1/3) and max(r)==1 and r[-1]==pytest.approx(0, abs=1e-9)
-    w = torch.ones(2, requires_grad=True); losses = fit([w], lambda _: w.square().sum(), 50, .1, 0., 2)
+    w = torch.ones(2, requires_grad=True); losses = fit([w], lambda _: w.square().sum(), 50, .1, 0., 2, rate=rate)
     assert losses[-1]<losses[0]
 
 
