@@ -1233,6 +1233,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'subspace_nb.tasks.map_matrices': ('tasks.html#map_matrices', 'subspace_nb/tasks.py'),
                                    'subspace_nb.tasks.map_task_vector': ('tasks.html#map_task_vector', 'subspace_nb/tasks.py'),
                                    'subspace_nb.tasks.row_slices': ('tasks.html#row_slices', 'subspace_nb/tasks.py'),
+                                   'subspace_nb.tasks.stacked': ('tasks.html#stacked', 'subspace_nb/tasks.py'),
                                    'subspace_nb.tasks.task_vector': ('tasks.html#task_vector', 'subspace_nb/tasks.py'),
                                    'subspace_nb.tasks.two_dim': ('tasks.html#two_dim', 'subspace_nb/tasks.py')},
             'subspace_nb.theory': { 'subspace_nb.theory._check_int': ('theory.html#_check_int', 'subspace_nb/theory.py'),

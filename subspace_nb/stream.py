@@ -264,16 +264,21 @@ def read_taus(
     "One parameter of the base and of all experts, read and checked."
     base = _opened(job.base, job.stamp)
     b, taus, label = _gather(base, names, part, job.cast), [], ' + '.join(names)
+    room = None                                                                      # the changes lie side by side, so that a method that stacks them needs no copy
+    def keep(d):
+        nonlocal room
+        if room is None: room = d.new_empty(len(job.experts), *d.shape)
+        taus.append(room[len(taus)].copy_(d) if d.dtype==room.dtype else d)
     for path in job.experts:
         src = _opened(path, job.stamp)
         if isinstance(src, Adapter):
             d = _adapted(src, base, names, b) if part==slice(None) else as_work(torch.zeros_like(b))  # `cut` makes strips only where no adapter has a part
-            taus.append(d)
+            keep(d)
             if not d.isfinite().all(): raise ValueError(f"{path}: {label} has NaN or Inf")
             continue
         for other, k in _twice(job.base, path, job.stamp):
             if k in names and not torch.equal(src.read(other, part), src.read(k, part)): raise ValueError(f"{path}: {other} and {k} differ, but are one tensor in {job.base}")
-        try: taus += task_vector({label: b}, {label: _gather(src, names, part, job.cast)}).values()
+        try: keep(task_vector({label: b}, {label: _gather(src, names, part, job.cast)})[label])
         except ValueError as e: raise ValueError(f"{path}: {str(e).split(chr(10))[-1].strip()}") from None
     return b, taus
 

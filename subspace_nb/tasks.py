@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['fused_names', 'attention_modes', 'TaskVector', 'check_same_keys', 'task_vector', 'check_taus', 'block_index',
-           'in_block', 'two_dim', 'check_attention', 'row_slices', 'default_device', 'map_matrices', 'join_rows',
-           'map_task_vector']
+           'in_block', 'two_dim', 'check_attention', 'row_slices', 'default_device', 'stacked', 'map_matrices',
+           'join_rows', 'map_task_vector']
 
 # %% ../nbs/01_tasks.ipynb #45bc1083
 import re
 from collections.abc import Iterable, Mapping
+from functools import reduce
 from math import isfinite
 from numbers import Integral, Real
 from typing import Callable
@@ -227,6 +228,22 @@ def _chunks(items, shape, n, batch_bytes):
     size = max(1, int(batch_bytes//(8*n*shape[0]*shape[1])))
     return [items[i:i+size] for i in range(0, len(items), size)]
 
+def stacked(
+    ws:list, # tensors of one shape
+    lifted:bool=True, # in working precision, as `as_work` gives it
+    device=None, # where to; None: where they are
+)->Tensor: # (len(ws), …), for reading: a view of tensors that lie side by side in memory, as slices of a stack do
+    "One tensor of many, with one copy at the most."
+    a = ws[0]
+    dtype = reduce(torch.promote_types, (as_work(w.new_empty(0)).dtype if lifted else w.dtype for w in ws))
+    device = a.device if device is None else torch.device(device)
+    at = lambda w: (w.untyped_storage().data_ptr(), w.storage_offset())
+    beside = all(w.is_contiguous() and w.dtype==dtype and w.device==device and at(w)==(at(a)[0], at(a)[1]+i*a.numel()) for i, w in enumerate(ws))
+    if beside and a.device.type!='meta': return a.as_strided((len(ws), *a.shape), (a.numel(), *a.stride()))
+    out = torch.empty((len(ws), *a.shape), dtype=dtype, device=device)
+    for o, w in zip(out, ws): o.copy_(w)
+    return out
+
 def map_matrices(
     fn:Callable, # (B, out, in) or, for a list, (N, B, out, in) -> first dimension B
     taus:TaskVector|list, # one task vector, or N of the same names and shapes
@@ -252,8 +269,8 @@ def map_matrices(
     with tqdm(total=sum(map(len, chunks)), desc=desc, disable=desc is None, leave=False) as bar:
         for chunk in chunks:
             home = first[chunk[0][1]].device
-            stack = lambda tau: torch.stack([as_work(tau[k][rows]) if lifted else tau[k][rows] for _, k, rows in chunk]).to(device)
-            res = fn(torch.stack([stack(t) for t in taus]) if many else stack(taus))
+            x = stacked([t[k][rows] for t in (taus if many else [taus]) for _, k, rows in chunk], lifted, device)
+            res = fn(x.unflatten(0, (n, -1)) if many else x)
             out.update({label: r for (label, _, _), r in zip(chunk, res.to(home))})
             bar.update(len(chunk))
     return out
@@ -284,5 +301,5 @@ def map_task_vector(
     first = taus[0] if many else taus
     def entry(k, w):
         if select(k, w): return join_rows(new, k, w, attention, head_width)
-        return rest(torch.stack([as_work(t[k]) for t in taus])).to(w.dtype) if many else w
+        return rest(stacked([t[k] for t in taus])).to(w.dtype) if many else w
     return first.map(entry)
