@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from .spectra import as_work, check_matrix, check_share, gram_error, gram_lower, spread
-from .tasks import TaskVector, check_taus, default_device, map_task_vector, two_dim
+from .tasks import TaskVector, check_taus, default_device, map_task_vector, stacked, two_dim
 from .merge import average, ties
 
 # %% ../nbs/13_rivals.ipynb #d31a4ea2
@@ -387,7 +387,7 @@ def knots(
     basis, aligned = {}, [dict(t) for t in taus]
     for k, w in tqdm(taus[0].items(), desc=desc, disable=desc is None, leave=False):
         if not select(k, w): continue
-        u, coords = align(torch.stack([as_work(t[k]) for t in taus]).to(device), cut)
+        u, coords = align(stacked([t[k] for t in taus], device=device), cut)
         basis[k] = u.to(w.device)
         for t, x in zip(aligned, coords.to(w.device)): t[k] = x.to(as_work(w).dtype)
     merged = merge([TaskVector(t) for t in aligned])

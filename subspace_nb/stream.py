@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 import subspace_nb
 from .spectra import as_work, check_share
-from .tasks import TaskVector, check_attention, check_taus, default_device, in_block, row_slices, task_vector, two_dim
+from .tasks import TaskVector, check_attention, check_taus, default_device, in_block, row_slices, stacked, task_vector, two_dim
 from .experts import sha256
 from .merge import average, band_ranks, breadcrumbs, consensus, dare, dropped, elect, lines_factors, model_stock, stock_tensor, task_arithmetic, ties, trimmed
 from .boost import subspace_boosting
@@ -551,7 +551,7 @@ def coordinates(
 )->tuple: # KnOTS's basis of a matrix; the experts' coordinates in it, on the CPU. None, `taus`: another method, or no matrix
     "What KnOTS has TIES merge. It is computed anew in each of the four passes, and kept in none."
     if job.method!='knots' or not two_dim(name, taus[0]): return None, taus
-    u, coords = align(torch.stack([as_work(t) for t in taus]).to(job.device), job.options['cut'])
+    u, coords = align(stacked(taus, device=job.device), job.options['cut'])
     return u, [x.to(as_work(taus[0]).dtype) for x in coords.cpu()]
 
 def count_unit(
