@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from .spectra import as_work, check_matrix, check_share, gram_error, gram_lower, spread
 from .tasks import TaskVector, check_taus, default_device, map_task_vector, stacked, two_dim
-from .merge import average, ties
+from .merge import _total, average, ties
 
 # %% ../nbs/13_rivals.ipynb #d31a4ea2
 def gram(
@@ -106,8 +106,7 @@ def sum_matrices(
 )->TaskVector: # their sum in working precision for the matrices, the mean for the rest
     "What Iso-C starts from."
     def entry(k, w):
-        total = as_work(w).clone()
-        for t in taus[1:]: total += as_work(t[k])
+        total = _total(as_work(t[k]) for t in taus)
         return total if select(k, w) else (total/len(taus)).to(w.dtype)
     return taus[0].map(entry)
 
