@@ -47,7 +47,7 @@ language: $(STAMP) ## train the eight text experts into the cache, and merge the
 	$(BIN)/python -m subspace_nb.language
 
 bench: $(STAMP) ## time and measure memory: boosting, TSV-M and isotropic merging, ESM, HO-GSVD, every method beside plain SVDs and, where installed, mergekit and fusion-bench
-	for part in boost rivals esm hogsvd cost elsewhere; do $(BIN)/python benchmarks/$$part.py || exit 1; done
+	for part in boost rivals esm hogsvd cost memory; do $(BIN)/python benchmarks/$$part.py || exit 1; done
 
 vision: $(STAMP) ## what is missing of the table of all methods; resumes
 	$(BIN)/python -m subspace_nb.vision

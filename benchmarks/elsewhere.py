@@ -1,28 +1,20 @@
-"""The same merge by this package, by mergekit and by fusion-bench, each in a process and an environment of its own, from the same files.
+"""The same merge by this package, by mergekit and by fusion-bench, each in a process and an environment of its own, from the same files:
+the rows "files" of `benchmarks/cost.py`, which runs this.
 
-    python benchmarks/elsewhere.py [--tools ours mergekit fusion-bench] [--experts 2 8 20] [--blocks N] [--width 768] [--json FILE]
-                                   [--mergekit DIR] [--fusion-bench DIR]
-
-DIR is a virtual environment: `python -m venv DIR && DIR/bin/pip install mergekit` (or `fusion-bench`); default: `elsewhere/mergekit` and
-`elsewhere/fusion-bench` in the cache folder. Tools without one are left out.
-Base and experts are random tensors of the shapes of ViT-B/32's blocks in safetensors folders, four blocks beside mergekit and two beside
-fusion-bench unless `--blocks` says otherwise (`stored_blocks`: those of the rows that chapter 33 shows), under transformers' names for
-mergekit, which asks transformers for a model's parameters. `took` is the wall clock of the whole process, reading,
-writing and the start of the interpreter with its imports; `start` the imports alone, measured apart; `merging` what is left. `MiB` is the
-largest memory of the process that is no mapped file; `apart` the relative difference of its result to ours. mergekit gets its own
-configuration file; fusion-bench's algorithm classes run on a pool of modules. Rows that the file has are kept.
+Base and experts are random tensors of the shapes of ViT-B/32's twelve blocks in safetensors folders: under transformers' names beside
+mergekit, which asks transformers for a model's parameters, under open_clip's beside fusion-bench. `took` is the wall clock of the whole
+process, reading, writing and the start of the interpreter with its imports; `start` the imports alone, measured apart, the faster of two;
+`merging` what is left. `MiB` is the largest memory of the process that is no mapped file; `apart` the relative difference of its result
+to ours. mergekit gets its own configuration file; fusion-bench's algorithm classes run on a pool of modules.
 """
-import argparse, json, os, subprocess, sys, tempfile, time
+import json, os, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from measure import task_vector_of
-from subspace_nb.experts import cache_folder
-from subspace_nb.score import Results
 
 alphas = dict(task_arithmetic=.3, ties=1., tsv_m=1., iso_c=1.)
 tools = {'task_arithmetic': ('ours', 'mergekit'), 'ties': ('ours', 'mergekit'), 'tsv_m': ('ours', 'fusion-bench'), 'iso_c': ('ours', 'fusion-bench')}
-stored_blocks = dict(task_arithmetic=4, ties=4, tsv_m=2, iso_c=2)
 fusion_script = '''
 import sys, torch
 from safetensors.torch import load_file, save_file
@@ -110,40 +102,49 @@ def apart(a, b, base):
     return (square(lambda k: x[k]-y[k])/square(lambda k: y[k]-w[k]))**.5
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--tools', nargs='+', choices=['ours', 'mergekit', 'fusion-bench'], default=['ours', 'mergekit', 'fusion-bench'])
-    p.add_argument('--methods', nargs='+', choices=list(tools), default=list(tools)); p.add_argument('--experts', type=int, nargs='+', default=[2, 8, 20])
-    p.add_argument('--blocks', type=int, help='of the model; default: 4 beside mergekit, 2 beside fusion-bench'); p.add_argument('--width', type=int, default=768); p.add_argument('--threads', type=int, default=torch.get_num_threads())
-    home = cache_folder()/'elsewhere'
-    p.add_argument('--mergekit', default=home/'mergekit', help='its virtual environment'); p.add_argument('--fusion-bench', default=home/'fusion-bench', help='its virtual environment')
-    p.add_argument('--folder', help='where to write the tensors; default: a temporary folder'); p.add_argument('--json', default='nbs/results/cost_elsewhere.json', help='file of the rows')
-    a = p.parse_args()
-    envs = {'ours': Path(sys.prefix), 'mergekit': Path(a.mergekit), 'fusion-bench': Path(a.fusion_bench)}
-    for tool in a.tools:
-        if not (envs[tool]/'bin/python').exists(): print(f'{tool} is left out: there is no environment at {envs[tool]}')
-    results = Results(a.json, threads=a.threads, width=a.width, device='cpu', dtype='float32')
-    version = lambda tool: subprocess.run([envs[tool]/'bin/python', '-c', f"from importlib.metadata import version; print(version('{'subspace_nb' if tool=='ours' else tool}'))"], capture_output=True, text=True).stdout.strip()
-    starting = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        for n in a.experts:
-            for method in a.methods:
-                kit, blocks = 'mergekit' in tools[method], a.blocks or stored_blocks[method]
-                top = Path(a.folder or scratch)/f"{a.width}x{blocks}{'-transformers' if kit else ''}"
-                todo = [t for t in tools[method] if t in a.tools and (envs[t]/'bin/python').exists() and not results.find(tool=t, method=method, experts=n, blocks=blocks)]
-                if not todo: continue
-                base, experts = write_inputs(top, n, blocks, a.width, as_transformers if kit else dict)
-                for f in (base, *experts): (f/'model.safetensors').read_bytes()   # in the page cache for all
-                with tempfile.TemporaryDirectory(dir=top) as made:
-                    made = Path(made)
-                    for t in ['ours', *(t for t in todo if t!='ours')]:
-                        run, start = commands(t, envs, method, base, experts, made/t, made)
-                        if t not in starting: starting[t] = min(watched(start, a.threads, made/'log')[0] for _ in range(2))
-                        took, mib = watched(run, a.threads, made/'log')
-                        far = None if t=='ours' else float(f"{apart(made/t, made/'ours', base):.1e}")
-                        row = lambda: dict(took=round(took, 2), start=round(starting[t], 2), merging=round(max(0., took-starting[t]), 2), MiB=round(mib), apart=far, version=version(t))
-                        r = results.row(row, tool=t, method=method, experts=n, blocks=blocks)
-                        print(f"{t:14}{method:18}N = {n:<4}{r['took']:>8.2f} s, of which imports {r['start']:>5.2f} s{r['MiB']:>8} MiB   apart {r['apart']}", flush=True)
+def version(tool, envs):
+    "Of a tool, as its environment has it."
+    ask = f"from importlib.metadata import version; print(version('{'subspace_nb' if tool=='ours' else tool}'))"
+    return subprocess.run([envs[tool]/'bin/python', '-c', ask], capture_output=True, text=True).stdout.strip()
 
 
-if __name__=='__main__': main()
+def environments(mergekit, fusion_bench):
+    "Tool -> its virtual environment; tools without one are left out, and that is said."
+    envs = {'ours': Path(sys.prefix), 'mergekit': Path(mergekit), 'fusion-bench': Path(fusion_bench)}
+    for t, at in envs.items():
+        if not (at/'bin/python').exists(): print(f'{t} is left out: there is no environment at {at}')
+    return {t: at for t, at in envs.items() if (at/'bin/python').exists()}
+
+
+def jobs(envs, sizes, blocks, width):
+    "Keys of the rows, those on the same files side by side."
+    kit = lambda method: 'mergekit' in tools[method]
+    return [dict(way='files', tool=t, method=m, experts=n, blocks=blocks, width=width) for first in (True, False) for n in sizes
+            for m in tools if kit(m)==first for t in tools[m] if t in envs]
+
+
+def run_files(results, todo, envs, threads, folder=None, over=lambda: False):
+    "The rows in `todo`; inputs are written to a temporary folder, which holds base and experts once. False where `over()` said to stop."
+    starting, cell = {}, lambda key: (key['method'], key['experts'])
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        for method, n in dict.fromkeys(map(cell, todo)):
+            if over(): return False
+            some = [key for key in todo if cell(key)==(method, n)]
+            blocks, width, kit = some[0]['blocks'], some[0]['width'], 'mergekit' in tools[method]
+            top, other = (Path(scratch)/f"{'transformers' if k else 'open_clip'}" for k in (kit, not kit))
+            shutil.rmtree(other, ignore_errors=True)
+            base, experts = write_inputs(top, n, blocks, width, as_transformers if kit else dict)
+            os.sync()
+            for f in (base, *experts): (f/'model.safetensors').read_bytes()                  # in the page cache for all
+            with tempfile.TemporaryDirectory(dir=scratch) as made:
+                made = Path(made)
+                for key in [dict(some[0], tool='ours'), *(k for k in some if k['tool']!='ours')]:
+                    t = key['tool']
+                    run, start = commands(t, envs, method, base, experts, made/t, made)
+                    if t not in starting: starting[t] = min(watched(start, threads, made/'log')[0] for _ in range(2))
+                    took, mib = watched(run, threads, made/'log')
+                    far = None if t=='ours' else float(f"{apart(made/t, made/'ours', base):.1e}")
+                    row = lambda: dict(took=round(took, 2), start=round(starting[t], 2), merging=round(max(0., took-starting[t]), 2), MiB=round(mib), apart=far, version=version(t, envs))
+                    r = results.row(row, **key)
+                    print(f"files  {t:14}{method:18}N = {n:<4}{r['took']:>8.2f} s, of which imports {r['start']:>5.2f} s{r['MiB']:>8} MiB   apart {r['apart']}", flush=True)
+    return True

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['columns', 'own_methods', 'all_options', 'expert_names', 'open_inputs', 'layer_ranks', 'align_files', 'read_settings',
            'from_mergekit', 'parser', 'required', 'show', 'summary', 'run_inspect', 'run_align', 'run_select',
-           'run_merge', 'main']
+           'start_worker', 'run_merge', 'main']
 
 # %% ../nbs/36_command.ipynb #073059ea
-import argparse, json, os, re, sys
+import argparse, json, os, re, sys, threading
 from concurrent.futures import ProcessPoolExecutor
 from functools import reduce
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 import pandas as pd
 import torch
@@ -89,6 +89,7 @@ def align_files(
 # %% ../nbs/36_command.ipynb #f125c12a
 _flags = ('base', 'expert', 'out', 'method', 'alpha', 'boost', 'slope', 'start', 'attention', 'attention_boost', 'head_width', 'rank_tol',
           'join', 'skip', 'inputs', 'dtype', 'overwrite', 'device', 'workers')
+_unset = 'boost', 'slope', 'start', 'attention_boost', 'rank_tol' # flags whose "none" takes back what a file says
 _kit_methods = {'linear': dict(normalize=True), 'task_arithmetic': {}, 'ties': dict(trim='magnitude', consensus=True, normalize=True),
                 'dare_linear': dict(trim='random', rescale=True), 'dare_ties': dict(trim='random', rescale=True, consensus=True),
                 'breadcrumbs': dict(trim='outliers'), 'breadcrumbs_ties': dict(trim='outliers', consensus=True), 'model_stock': {}}
@@ -101,10 +102,14 @@ def read_settings(
     "Options from a file, in this command's names or in mergekit's."
     import yaml
     path = Path(path)
-    try: d = yaml.safe_load(path.read_text(encoding='utf-8'))
+    class Loader(yaml.SafeLoader): "1e-5 is a number, as in YAML 1.2 and for mergekit."
+    Loader.add_implicit_resolver('tag:yaml.org,2002:float', re.compile(r'[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$'), list('-+.0123456789'))
+    try: d = yaml.load(path.read_text(encoding='utf-8'), Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise ValueError(f"config: {path} is not YAML ({str(e).splitlines()[0]})") from None
     if not isinstance(d, dict): raise ValueError(f"config: {path} must hold keys and values")
     if 'merge_method' in d or 'models' in d or 'base_model' in d: d = from_mergekit(d, path)
+    else: d = {str(k).replace('-', '_'): v for k, v in d.items()}
+    d |= {k: None for k in _unset if str(d.get(k)).lower()=='none' and k in d}
     if 'experts' in d: d['expert'] = d.pop('experts')
     known = *_flags, *all_options, *(['options'] if d.get('method')=='by_mergekit' else [])
     if bad := [str(k) for k in d if k not in known]: raise ValueError(f"config: {path} has keys that are not known: {', '.join(bad)}; known are {', '.join(known)}")
@@ -132,8 +137,12 @@ def from_mergekit(
     bad += [k for k in shared if k not in (*own, 'lambda', 'normalize', 'rescale', 'int8_mask')]
     if bad: raise refuse(f"parameters that are not known: {', '.join(bad)}")
     tuned = [m for m in models if m['model']!=base]
+    def towers(): # what stands before a block's number -> how many blocks the base has there
+        at = Path(locate(base))
+        if not at.is_dir(): raise refuse(f"a gradient over layers needs a folder as base_model, not {base}")
+        return (x := Checkpoint(at)).layout.towers(x)
     def per_model(key, models=tuned): # settings of all models, or () where none is said
-        said = [[_conditions(s[key], key, refuse) for s in (dict(m.get('parameters') or {}), shared) if key in s] for m in models]
+        said = [[_conditions(s[key], key, refuse, towers) for s in (dict(m.get('parameters') or {}), shared) if key in s] for m in models]
         if not any(said): return []
         return [s[0] if len(s)==1 else sum((x if isinstance(x, list) else [[None, x]] for x in s), []) if s else None for s in said]
     def flag(key, default):
@@ -165,18 +174,26 @@ def from_mergekit(
     if None in kit['density']+kit['gamma']: kit |= {k: [default if v is None else v for v in kit[k]] for k, default in (('density', 1.), ('gamma', .01))}
     return out | d | dict(method='by_mergekit', options={k: v for k, v in kit.items() if v not in (None, [])})
 
-def _conditions(value, key, refuse): # a number, or [filter, number] pairs
-    if isinstance(value, bool) or not isinstance(value, (int, float, list, dict)): raise refuse(f"{key} must be a number, not {value!r}")
-    if isinstance(value, (int, float)): return float(value)
-    entries = [value] if isinstance(value, dict) else value
-    if any(not isinstance(e, dict) for e in entries): raise refuse(f"{key}: {value} is a gradient over layers, which is not known here; give a number, or filters")
-    if any(set(e)-{'filter', 'value'} or 'value' not in e or not isinstance(e['value'], (int, float)) for e in entries):
-        raise refuse(f"{key}: conditions need `value: number` and may have `filter: part of a name`, not {value}")
-    return [[e.get('filter'), float(e['value'])] for e in entries]
+def _conditions(value, key, refuse, towers): # a number, or [filter, number] pairs; a filter is part of a name, or several parts
+    number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool)
+    gradient = lambda x: isinstance(x, list) and x and all(map(number, x))
+    if number(value): return float(value)
+    if gradient(value): return _gradient(value, towers(), [])
+    if not value or not isinstance(value, (list, dict)): raise refuse(f"{key} must be a number, not {value!r}")
+    out = []
+    for e in [value] if isinstance(value, dict) else value:
+        if not isinstance(e, dict) or set(e)-{'filter', 'value'} or not (number(v := e.get('value')) or gradient(v)):
+            raise refuse(f"{key}: conditions need `value:` with a number or a gradient, and may have `filter: part of a name`, not {value}")
+        f = None if e.get('filter')=='*' else e.get('filter')
+        out += [[f, float(v)]] if number(v) else _gradient(v, towers(), [] if f is None else [f])
+    return out
+
+def _gradient(values, towers, parts): # mergekit's: linear over the blocks of each tower, its first value for whatever is outside them
+    def at(t): i = int(x := t*(len(values)-1)); return (1-(x-i))*values[i]+(x-i)*values[min(len(values)-1, i+1)]
+    inside = [[[*parts, f'{tower}.{l}.'], float(at(l/(n-1) if n>1 else 1))] for tower, n in towers.items() for l in range(n)]
+    return [*inside, [parts or None, float(values[0])]]
 
 # %% ../nbs/36_command.ipynb #7414ae04
-_unset = 'boost', 'slope', 'start', 'attention_boost', 'rank_tol' # flags whose "none" takes back what a file says
-
 _examples = '''examples:
   subspace-nb inspect models/clip-cars
   subspace-nb inspect --base models/clip --expert models/clip-cars --expert models/clip-dtd
@@ -239,7 +256,7 @@ def parser()->argparse.ArgumentParser: # of the whole command
         if action.dest in _unset: action.default = argparse.SUPPRESS              # left out is not the same as "none"
     for k, default in all_options.items():
         used = [m for m in own_methods if k in method_options(m)]
-        p.add_argument(f'--{k}', type=type(default), help=f"{', '.join(used)} only (default {default})")
+        p.add_argument(*dict.fromkeys((f"--{k.replace('_', '-')}", f'--{k}')), dest=k, type=type(default), help=f"{', '.join(used)} only (default {default})")
     return top
 
 # %% ../nbs/36_command.ipynb #83aee0bb
@@ -300,6 +317,11 @@ def run_select(a):
     picked = [names[i] for i in select_experts(matrix, a.k, [names.index(n) for n in a.pool], method=a.rule)]
     show('\n'.join(picked), dict(picked=picked, pool=a.pool, rule=a.rule), a)
 
+def start_worker():
+    "One thread for a worker process, and an end when the command has ended, however it did."
+    torch.set_num_threads(1)
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
 def run_merge(a):
     "`subspace-nb merge`."
     given = {k: v for k, v in vars(a).items() if (v is not None or k in _unset) and (k in _flags or k in all_options)}
@@ -313,7 +335,7 @@ def run_merge(a):
     run = lambda executor: merge_files(base, expert, out, method, progress=not a.quiet, executor=executor, **s)
     if not workers: run(None)
     else:
-        with ProcessPoolExecutor(workers, get_context('spawn'), initializer=torch.set_num_threads, initargs=(1,)) as executor: run(executor)
+        with ProcessPoolExecutor(workers, get_context('spawn'), initializer=start_worker) as executor: run(executor)
     report = json.loads((Path(out)/'subspace_nb.json').read_text(encoding='utf-8'))
     files = sorted(f.name for f in Path(out).iterdir())
     method = "mergekit's rules" if method=='by_mergekit' else method

@@ -23,15 +23,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from .tasks import TaskVector, default_device, in_block, row_slices, two_dim
-from .merge import average, breadcrumbs, consensus, dare, lines, task_arithmetic, ties
+from .merge import average, breadcrumbs, consensus, dare, lines, model_stock, task_arithmetic, ties
 from .score import environment, timed, write_json
 from .boost import subspace_boosting
-from .rivals import iso_c, iso_cts, tsv_m
+from .rivals import iso_c, iso_cts, knots, regmean, tsv_m
 from .hogsvd import higher_order_boosting
 from .esm import esm
 
 # %% ../nbs/33_cost.ipynb #c471ef3b
-proxy_rows = 1600 # rows of a layer's inputs, for ESM: 32 images of 50 tokens
+proxy_rows = 1600 # rows of a layer's inputs, for ESM and RegMean: 32 images of 50 tokens
 
 @dataclass(frozen=True)
 class Method:
@@ -42,16 +42,22 @@ class Method:
     attention:str='full_attn' # as in `tasks.row_slices`
     at_once:int=1 # matrices of how many experts it holds together: 0 for all
     whole:int=0 # bytes it needs for each entry of one whole expert
+    every:int=0 # bytes it needs for each entry of all experts
+    inputs:str='' # matrices that it takes layer inputs for: "": none, "all", "long": all but square ones, output projections
 
 def _entries(fn, whole=0): return Method(lambda taus, xs, device: fn(taus), select=lambda k, w: w.ndim==2, whole=whole)
 
-methods = {'average': _entries(average), 'task_arithmetic': _entries(task_arithmetic), 'consensus': _entries(consensus), 'dare': _entries(dare),
+methods = {'average': _entries(average), 'task_arithmetic': _entries(task_arithmetic),
+           'model_stock': _entries(lambda taus: model_stock(taus, taus[0])), # of the base only names and shapes count
+           'consensus': _entries(consensus), 'dare': _entries(dare),
            'breadcrumbs': _entries(breadcrumbs), 'ties': _entries(ties, 12), 'lines': _entries(lambda taus: lines(task_arithmetic(taus), taus, slope=.3)),
            'boosting': Method(lambda taus, xs, device: subspace_boosting(task_arithmetic(taus), device=device), 'short', attention='per_qkv'),
            'iso_c': Method(lambda taus, xs, device: iso_c(taus, device=device), 'short', two_dim),
            'iso_cts': Method(lambda taus, xs, device: iso_cts(taus, device=device), 'short', two_dim, at_once=0),
            'tsv_m': Method(lambda taus, xs, device: tsv_m(taus, device=device), 'short', two_dim, at_once=0),
-           'esm': Method(lambda taus, xs, device: esm(taus, xs, device=device), 'out', two_dim, at_once=0),
+           'knots': Method(lambda taus, xs, device: knots(taus, ties, device=device), 'out', two_dim, at_once=0, whole=12, every=4),
+           'regmean': Method(lambda taus, xs, device: regmean(taus, xs, device=device), 'in', two_dim, at_once=0, inputs='all'),
+           'esm': Method(lambda taus, xs, device: esm(taus, xs, device=device), 'out', two_dim, at_once=0, inputs='long'),
            'higher_order_boosting': Method(lambda taus, xs, device: higher_order_boosting(taus, device=device), 'in', attention='per_qkv', at_once=0)}
 
 def check_method(
@@ -150,7 +156,7 @@ def random_experts(
     out:int, # rows of their matrices
     inp:int, # columns
     count:int=1, # matrices of each, in blocks of their own
-    proxy:bool=False, # whether to make layer inputs; an output projection gets none
+    inputs:str='', # matrices to make layer inputs for, as in `Method`
     device='cpu', # where they are to lie; their numbers are the same everywhere
 )->tuple: # task vectors; per expert: parameter name -> (proxy_rows, in)
     "Task vectors with a falling spectrum, each turned its own way."
@@ -159,7 +165,7 @@ def random_experts(
         rng = torch.Generator().manual_seed(t)
         turn = torch.linalg.qr(torch.randn(min(out, inp), min(out, inp), generator=rng))[0]
         taus.append(TaskVector({k: random_matrix((out, inp), turn, 'power', rng) for k in names}).to(device))
-        xs.append({k: (torch.randn(proxy_rows, inp, generator=rng)*decay(inp)).to(device) for k in names} if proxy and out!=inp else {})
+        xs.append({k: (torch.randn(proxy_rows, inp, generator=rng)*decay(inp)).to(device) for k in names} if inputs=='all' or inputs=='long' and out!=inp else {})
     return taus, xs
 
 def best_of(
@@ -185,7 +191,7 @@ def time_matrix(
     "One measurement: a method on random matrices of one shape."
     m, count = check_method(method), torch.get_num_threads() if count is None else count
     device = default_device() if device is None else torch.device(device)
-    taus, xs = random_experts(n, out, inp, count, method=='esm', device)          # there before the clock starts
+    taus, xs = random_experts(n, out, inp, count, m.inputs, device)     # there before the clock starts
     seconds, mib = best_of(lambda: m.run(taus, xs, device), device, repeats)
     return dict(method=method, experts=n, out=out, inp=inp, count=count, each=float(f'{seconds/count:.4g}'), MiB=round(max(0., mib), 1))
 
@@ -367,7 +373,7 @@ def estimate(
     parts, beyond = pd.DataFrame(rows), any(law.beyond(n, o, i) and (n, o, i) not in known for o, i in count)
     entries = sum(map(prod, shapes_of(model).values()))
     work = max((calibration.memory(method, n, o, i, c) for (o, i), c in count.items()), default=0.)
-    return Estimate(float((parts.matrices*parts.each).sum()), (4+methods[method].whole)*entries/2**20+work, parts, beyond)
+    return Estimate(float((parts.matrices*parts.each).sum()), (4+methods[method].whole+n*methods[method].every)*entries/2**20+work, parts, beyond)
 
 def plan(
     model:Mapping, # parameter name -> shape or tensor

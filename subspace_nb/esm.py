@@ -9,7 +9,7 @@ __all__ = ['none', 'variants', 'Steps', 'check_variant', 'shift_root', 'essentia
 
 # %% ../nbs/21_esm.ipynb #cb430d90
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Callable
@@ -101,22 +101,26 @@ def _relative(v): # (…,) norms -> each over their mean; equal to 1 where all a
     return v/v.mean() if v.any() else torch.ones_like(v)
 
 def factors(
-    dws:list, # N task matrices (out, in)
-    xs:list, # N inputs: (n, in) rows or Moments
+    dws:Sequence, # N task matrices (out, in): a list, or `Lazy`
+    xs:Sequence, # N inputs: (n, in) rows or Moments; a list, or `Lazy`
     steps:Steps, # what to do with them
     rank_tol:float|None=None, # as in `essential_factors`
 )->tuple[Tensor, Tensor]: # P (out, N·k) and A (N·k, in), scaled as `steps` say, in float64
     "Steps 1 to 4: every expert's basis and coordinates, scaled by task, direction and dimension, side by side."
-    k = task_rank(len(dws[0]), len(dws))
-    def one(dw, x):
-        e, a, energy, norm = essential_factors(dw, x if steps.basis=='shift' else None, k, rank_tol)
-        if steps.norm=='kept': norm = a.norm()
+    n, first = len(dws), dws[0]
+    out, width = first.shape
+    k = task_rank(out, n)
+    p, a = first.new_empty(out, n*k, dtype=torch.float64), first.new_empty(n*k, width, dtype=torch.float64)
+    del first
+    def one(i):
+        basis, coords, energy, norm = essential_factors(dws[i], xs[i] if steps.basis=='shift' else None, k, rank_tol)
         w = _relative(_relative(energy)**steps.weight) if steps.weight else torch.ones_like(energy)
-        return e*w, a*w[:, None], norm
-    es, coords, norms = zip(*spread(one, dws, xs))
-    scales = _relative(torch.stack(norms)).square() if steps.task else [1.]*len(dws)
-    p, a = torch.cat(es, 1), torch.cat([c*s for c, s in zip(coords, scales)])
-    return p, a*_relative(a.norm(dim=0)).square() if steps.dimension else a
+        at = slice(i*k, i*k+k)
+        torch.mul(basis, w, out=p[:, at]); torch.mul(coords, w[:, None], out=a[at])
+        return coords.norm() if steps.norm=='kept' else norm
+    norms = torch.stack([one(i) for i in range(n)] if p.is_cuda else spread(one, range(n)))
+    if steps.task: a.unflatten(0, (n, k)).mul_(_relative(norms).square()[:, None, None])
+    return p, a.mul_(_relative(a.norm(dim=0)).square()) if steps.dimension else a
 
 # %% ../nbs/21_esm.ipynb #330ae44a
 def polar_times(
@@ -142,8 +146,8 @@ def polar_times(
     return u.masked_fill(null_mask(s, max(m.shape), torch.finfo(m.dtype).eps, rank_tol), 0.)@(vh@right), s.mean()
 
 def merge_matrix(
-    dws:list, # N task matrices (out, in) of one layer
-    xs:list, # N inputs of it: (n, in) rows or Moments
+    dws:Sequence, # N task matrices (out, in) of one layer: a list, or `Lazy`
+    xs:Sequence, # N inputs of it: (n, in) rows or Moments; a list, or `Lazy`
     variant:str|Steps='released', # as in `esm`
     rank_tol:float|None=None, # as in `spectra.null_mask`
 )->Tensor: # (out, in) 2 mean(S_P) mean(S_A) polar(P) polar(A) in working precision, before the factor between layers

@@ -259,7 +259,7 @@ class Pool:
         name:str='clip-vit-base-patch32', # a base model that published experts exist for
         tasks:int|list=8, # the benchmark's first 8, 14 or 20 tasks, or names
         **kwargs, # family, revisions, evaluate, cache_dir, device and how to score: as in `published.clip_pool`
-    )->'Pool': # base and experts are fetched when first used
+    )->'Pool': # base and experts are fetched here, and read when first used
         "Published checkpoints (chapter 32), scored on the benchmark's images (chapter 35)."
         from subspace_nb.published import clip_pool        # the one import from a later chapter: this is where readers look for it
         return clip_pool(name, tasks, **kwargs)

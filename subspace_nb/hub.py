@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['dtype_names', 'layouts', 'weight_files', 'clip_models', 'tall_masks_tasks', 'fusion_bench_tasks', 'families',
-           't5_base', 't5_tasks', 'Entry', 'read_header', 'read_entry', 'read_pickle', 'Layout', 'unit_shape',
+           't5_base', 't5_tasks', 'pinned', 'Entry', 'read_header', 'read_entry', 'read_pickle', 'Layout', 'unit_shape',
            'recognise', 'find_weights', 'read_index', 'Checkpoint', 'join_qkv', 'split_qkv', 'to_open_clip',
            'from_open_clip', 'Adapter', 'boost_factors', 'sum_factors', 'merge_adapters', 'save_adapter', 'hub_ids',
            'fetch', 'locate', 'commit_of', 'image_tower', 'HubExpert', 'pool_from_hub', 'zero_shot_head']
@@ -100,7 +100,9 @@ def read_pickle(
         state = torch.load(path, map_location='cpu', weights_only=True, mmap=new)
     except pickle.UnpicklingError as e:
         raise ValueError(f"{path} is refused: it is a pickle with more than plain weights, or none at all ({_reason(e)})") from None
-    except Exception as e: raise ValueError(f"{path} is damaged: {_reason(e)}") from None
+    except Exception as e:
+        if 'TorchScript' in str(e): raise ValueError(f"{path} is a TorchScript program, not plain weights: load it with torch.jit.load and save its state_dict()") from None
+        raise ValueError(f"{path} is damaged: {_reason(e)}") from None
     for key in ('state_dict', 'model_state_dict', 'model'):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping): state = state[key]
     if not isinstance(state, Mapping): raise ValueError(f"{path} holds a {type(state).__name__}, not a mapping of names to tensors")
@@ -282,13 +284,17 @@ class Checkpoint(Mapping):
     def _tied(self):
         "Groups of names that stand for one tensor: by layout and configuration where the file has one of them, and where a torch file stores it once."
         groups, seen = [], {}
-        for g in self.layout.tied:
+        for g in self.layout.tied or self._head():
             stored = [k for k in g if k in self._where]
             rest = [k for k in g if k not in stored and (k!='lm_head.weight' or self.config.get('tie_word_embeddings', True))]
             if stored: groups.append((stored[0], *rest))
         for k, v in self._where.items():
             if isinstance(v, Tensor) and v.numel(): seen.setdefault((v.data_ptr(), tuple(v.shape), v.stride()), []).append(k)
         return groups+[tuple(g) for g in seen.values() if len(g)>1]
+
+    def _head(self): # what the configuration of a model that no layout knows ties: the head to the embedding
+        embedding = [k for k in self._where if re.search(r'(^|\.)(embed_tokens|wte)\.weight$', k)]
+        return [(embedding[0], 'lm_head.weight')] if self.config.get('tie_word_embeddings') and len(embedding)==1 else []
 
     def aliases(self,
         name:str, # a parameter
@@ -613,12 +619,63 @@ def hub_ids(
              'tall_masks': lambda t: ('nik-dim/tall_masks', f'single_task/{clip_models[name]}/{t}Val/nonlinear_finetuned.pt')}
     return (f'openai/{name}', None), {t: where[family](t) for t in tasks}
 
+pinned = dict(line.split() for line in '''
+openai/clip-vit-base-patch16 57c216476eefef5ab752ec549e440a49ae4ae5f3
+openai/clip-vit-base-patch32 3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268
+openai/clip-vit-large-patch14 32bd64288804d66eefd0ccbe215aa642df71cc41
+tanganke/clip-vit-base-patch16_dtd 5d2d508b4bba668b6c1e9fefd53f5f9b4ad9de08
+tanganke/clip-vit-base-patch16_eurosat 0ed49e2fb92fe2f5427b76089b58ec2a1da5d368
+tanganke/clip-vit-base-patch16_oxford-iiit-pet 30565881fe35cc7ceffc1254bb8f088fba2fb67a
+tanganke/clip-vit-base-patch16_oxford_flowers102 7d4dbfb87a248683591e025690fdbd74edb81652
+tanganke/clip-vit-base-patch16_stanford-cars 3e2ee0d52f465d512597e1619e880201612ef69b
+tanganke/clip-vit-base-patch32_cifar10 1a596838cb54a5d34b68380dbf60891847e229b1
+tanganke/clip-vit-base-patch32_eurosat 7c114f53697b7acca1147a0d1e8b7c769979b57b
+tanganke/clip-vit-base-patch32_food101 43b0a153ac539ad6bcfcb5fd71eaef9e76441344
+tanganke/clip-vit-base-patch32_gtsrb 7b11ced426cc9cd0430650be19d75748f3bd64d0
+tanganke/clip-vit-base-patch32_mnist 28dca299b68f294bb368533172496dbde3901f3e
+tanganke/clip-vit-base-patch32_rendered-sst2 0f729559f171a88ab0a87edfa7bd4cf216d0d1c5
+tanganke/clip-vit-base-patch32_resisc45 24dc3a3a4f1eda0090829d399edcda9963f462a2
+tanganke/clip-vit-base-patch32_stanford-cars 0fa3456c60f15e5cec5275c5b88851c1dca503a8
+tanganke/clip-vit-base-patch32_sun397 4628de77c6c97ba178c65a0bdf5ce8f5c3045d63
+tanganke/clip-vit-large-patch14_dtd c55d192f53fe864a1955168593b7f03ab474daa4
+tanganke/clip-vit-large-patch14_eurosat 61f5f8b50e9804c9f2b6482fd421d44fba7ffb66
+tanganke/clip-vit-large-patch14_fashion_mnist ce18903aa9a7f01003d0743e15709081dcaab20d
+tanganke/clip-vit-large-patch14_fer2013 e5d741efe23976006a49a5ef52c03735915664e4
+tanganke/clip-vit-large-patch14_gtsrb 6eacfe7af7432984b5352a676735d00e5a1ae9c4
+tanganke/clip-vit-large-patch14_mnist 721ec5961afb977071c4124d43cf7f5fa4ba76af
+tanganke/clip-vit-large-patch14_oxford_flowers102 969822913a1f795bb3aaa19dc13b4aeeff346fa2
+tanganke/clip-vit-large-patch14_rendered-sst2 b38816b9f2aa42af8fe1790403d160bba3b0db30
+tanganke/clip-vit-large-patch14_resisc45 18076dfd48e5a590057ded82835288bfa3f27ff9
+tanganke/clip-vit-large-patch14_stanford-cars e863c1cb4999e1f630868d349de346db775e8242
+tanganke/clip-vit-large-patch14_sun397 3b814ef1bd89d1f4044018d41a09bf468a5e4d34
+tanganke/clip-vit-large-patch14_svhn c43d85753b6aecd2435acca76bcc8aae8f8061b2
+1aurent/PatchCamelyon e4bd149e7a868a9d811fdd9f9a9fb78c05c104ab
+clip-benchmark/wds_fer2013 9399b94167523fe5c40b3a857e24ef931ee4395b
+dpdl-benchmark/oxford_flowers102 544b55c9af69a05742ead7571cd7ae23cfcd758b
+ethz/food101 83488de741c1bd1ce27aa6a2b33e19c7bdf92ca9
+google/t5-large-lm-adapt 96ce18564557a62d6ff1cb3771af167433827961
+tanganke/cifar100 7de7416777eb0bca0194ab35ac1c1b297f1d6b26
+tanganke/dtd d2afa97d9f335b1a6b3b09c637aef667f98f966e
+tanganke/emnist_letters 0527717d2eab6213e6a5d92ca4edbc5907caf2f5
+tanganke/eurosat 43750fc422c7fbd4289e2df3f7473617a5937acc
+tanganke/gtsrb ea889fff70dda7b09e94a4b207dded438deca549
+tanganke/kmnist 6b345bef535b98131f1d945d552906452d19b2f9
+tanganke/resisc45 5c484982a196dcb501b8e79c6cf4680dc6f2ccdf
+tanganke/stanford_cars 9abf6cf7d6dfa7b95152a0d6e791ea9435b47a40
+tanganke/stl10 49ae7f94508f7feae62baf836db284306eab0b0f
+tanganke/sun397 9c4afd6174afa3974f209a0ef099dbbe244dfd27
+timm/oxford-iiit-pet 10b688881011725fa2fa3d856a47536c9a7e6968
+ufldl-stanford/svhn f9e1717d73324ebbc1ece84267ccd80d0aca0690
+ylecun/mnist 77f3279092a1c1579b2250db8eafed0ad422088c
+zalando-datasets/fashion_mnist 531be5e2ccc9dba0c201ad3ae567a4f3d16ecdd2
+'''.strip().splitlines()) # repository of a model or data set -> the commit that is taken where no revision is given
+
 _companions = ['*.json', '*.txt', '*.model', '*.jinja'] # configuration and tokenizer
 
 def fetch(
     repo:str, # "owner/name"
     file:str|None=None, # one file; None: weights and configuration
-    revision:str|None=None, # commit, tag or branch; None: the repository's main branch
+    revision:str|None=None, # commit, tag or branch; None: the commit in `pinned`, or else the main branch
     cache_dir:str|Path|None=None, # None: the usual one
     kind:str='model', # "model" | "dataset"
     patterns:list|None=None, # of a data set: files; None: all
@@ -626,6 +683,7 @@ def fetch(
     "Files of a repository, downloaded or from the cache; of a model, safetensors where there are any."
     import huggingface_hub as hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    revision = revision or pinned.get(repo)
     options = dict(revision=revision, cache_dir=cache_dir)
     try:
         if file: return Path(hub.hf_hub_download(repo, file, **options))
@@ -657,19 +715,20 @@ def commit_of(
 
 def image_tower(
     state:Mapping, # a CLIP, whole or its image tower, from transformers or open_clip
-)->dict: # open_clip's names, the image tower without its projection
-    "The part of CLIP that both families fine-tuned, in one spelling."
+    proj:bool=False, # with the projection to the features, which tall_masks fine-tuned as well
+)->dict: # open_clip's names
+    "The part of CLIP that was fine-tuned, in one spelling: by FusionBench without the projection, by tall_masks with it."
     def strip(s): return {re.sub(r'^model\.', '', k): v for k, v in s.items()}
     names = [re.sub(r'^model\.', '', k) for k in state]
-    if recognise(names).name=='open_clip': return {k: v for k, v in strip(state).items() if k.startswith('visual.') and k!='visual.proj'}
+    if recognise(names).name=='open_clip': return {k: v for k, v in strip(state).items() if k.startswith('visual.') and (proj or k!='visual.proj')}
     bare = any(k.startswith('encoder.layers.') for k in names)
-    return to_open_clip({k: state[k] for k in state if bare or k.startswith('vision_model.')})
+    return to_open_clip({k: state[k] for k in state if bare or k.startswith('vision_model.') or proj and k=='visual_projection.weight'})
 
 class HubExpert(Mapping):
     "An expert that is read when it is first needed."
-    def __init__(self, path): self.path, self._state = path, None
+    def __init__(self, path, proj=False): self.path, self.proj, self._state = path, proj, None
     def _load(self):
-        if self._state is None: self._state = image_tower(Checkpoint(self.path))
+        if self._state is None: self._state = image_tower(Checkpoint(self.path), self.proj)
         return self._state
     def __getitem__(self, k): return self._load()[k]
     def __iter__(self): return iter(self._load())
@@ -691,8 +750,9 @@ def pool_from_hub(
         path = fetch(repo, file, at.get(repo), cache_dir)
         used[repo] = commit_of(path)
         return path
-    base = image_tower(Checkpoint(get(base_repo)))
-    pool = Pool.from_files(base, {t: HubExpert(get(*where)) for t, where in ids.items()}, evaluate, device)
+    proj = family=='tall_masks'                        # its encoders end in the projection, and all of it was trained
+    base = image_tower(Checkpoint(get(base_repo)), proj)
+    pool = Pool.from_files(base, {t: HubExpert(get(*where), proj) for t, where in ids.items()}, evaluate, device)
     pool.revisions, pool.family = used, family
     return pool
 

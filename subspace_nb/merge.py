@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['paper_grid', 'average', 'task_arithmetic', 'trim_threshold', 'trimmed', 'elect', 'ties', 'dropped', 'dare',
-           'band_ranks', 'breadcrumbs', 'stock_ratio', 'stock_tensor', 'model_stock', 'tall_masks', 'consensus',
-           'lines_factors', 'lines', 'search', 'choose_alpha']
+           'band_ranks', 'breadcrumbs', 'in_pieces', 'agreement', 'stock_ratio', 'stock_tensor', 'model_stock',
+           'tall_masks', 'consensus', 'lines_factors', 'l1_norm', 'lines', 'search', 'choose_alpha']
 
 # %% ../nbs/03_merge.ipynb #deb9f7b8
 from collections.abc import Iterable, Mapping
@@ -151,29 +151,35 @@ def _check_fit(other, tau, name, extra=False): # names and shapes of `other` aga
     bad += [f"{k}: shape {tuple(other[k].shape)} in {name}, {tuple(tau[k].shape)} in taus" for k in tau if k in other and other[k].shape!=tau[k].shape]
     if bad: raise ValueError(f"{name} does not fit taus:\n  "+'\n  '.join(bad))
 
-def _stock(ws): # () how far to go; the sum of ws; their number: each tensor is needed once, and one at a time
-    n = direction = own = total = 0
-    for w in ws:
-        u = w/w.norm().clamp_min(torch.finfo(w.dtype).tiny)
-        n, own = n+1, own+u.square().sum()
-        if n==1: direction, total = u, w.clone()
-        else: direction += u; total += w
-        del u, w
-    c = (direction.square().sum()-own)/(n*(n-1))
-    return (n*c/(1+(n-1)*c).clamp_min(1e-12)).clamp_min(-1), total, n
+def in_pieces(
+    n:int, # entries of a tensor
+    size:int=2**18, # entries of a piece
+)->list: # slices of its entries, counted flat
+    "Where sums over a tensor are cut: in the same places whether it is in memory or read in pieces, so the sums have the same bits."
+    return [slice(a, min(a+size, n)) for a in range(0, max(1, n), size)]
+
+def agreement(
+    pieces:Iterable, # lists of N flat tensors, two at least: all experts' tensors, piece by piece
+)->Tensor: # () float64: how far to go from the base to their average
+    "Model Stock's t = N c / (1 + (N - 1) c), with c the mean pairwise cosine."
+    gram = sum((x := torch.stack([w.double() for w in ws]))@x.mT for ws in pieces)
+    n, size = len(gram), gram.diag().sqrt().clamp_min(torch.finfo(gram.dtype).tiny)
+    cosines = gram/size/size[:, None]
+    c = (cosines.sum()-cosines.diag().sum())/(n*(n-1))
+    return (n*c/(1+(n-1)*c).clamp_min(1e-12)).clamp_min(-1)
 
 def stock_ratio(
-    ws:Iterable, # N tensors of one shape, two at least
-)->Tensor: # () how far to go from the base to their average
-    "Model Stock's t = N c / (1 + (N - 1) c), with c the mean pairwise cosine."
-    return _stock(ws)[0]
+    ws:list, # N tensors of one shape, two at least
+)->Tensor: # () float64: how far to go from the base to their average
+    "`agreement` of tensors in memory."
+    return agreement([w.flatten()[p] for w in ws] for p in in_pieces(ws[0].numel()))
 
 def stock_tensor(
-    ws:Iterable, # N tensors of one shape, two at least; gone through once
+    ws:list, # N tensors of one shape, two at least
+    t:Tensor|None=None, # () from `agreement`, where these are a part of larger ones; None: computed
 )->Tensor: # t times their average
     "Model Stock of one tensor."
-    t, total, n = _stock(ws)
-    return t*total/n
+    return (stock_ratio(ws) if t is None else t).to(ws[0])*_total(ws)/len(ws)
 
 def model_stock(
     taus:list, # task vectors, two at least
@@ -235,7 +241,12 @@ def _check_number(value, name):
     if isinstance(value, bool) or not isinstance(value, Real): raise TypeError(f"{name} must be a number, not {value!r}")
     if not isfinite(value): raise ValueError(f"{name} must be finite, not {value}")
 
-def _l1(tensors): return sum(w.abs().sum(dtype=torch.float64).item() for w in tensors)
+def l1_norm(
+    w:Tensor, # in working precision
+)->float: # the sum of its magnitudes
+    "L1 norm in float64, summed in the pieces that `in_pieces` gives."
+    w = w.flatten()
+    return sum(w[p].abs().sum(dtype=torch.float64).item() for p in in_pieces(len(w)))
 
 def lines(
     tau:TaskVector, # a merged task vector, boosted or not
@@ -252,9 +263,9 @@ def lines(
     bad = [k for k, v in tau.items() if not v.isfinite().all()]
     if bad: raise ValueError(f"tau has NaN or Inf in {', '.join(bad)}")
     if start is None:
-        norm = _l1(map(as_work, tau.values()))
+        norm = sum(l1_norm(as_work(w)) for w in tau.values())
         if not norm>0: raise ValueError("tau is zero everywhere, so the L1 rule has no start; give `start`")
-        start = _l1(sum(as_work(t[k]) for t in taus) for k in tau)/norm/len(taus)
+        start = sum(l1_norm(_total(as_work(t[k]) for t in taus)) for k in tau)/norm/len(taus)
     factors = lines_factors(tau, start, slope)
     return tau.map(lambda k, v: (factors[k]*as_work(v)).to(v.dtype))
 

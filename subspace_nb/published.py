@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['class_names', 'class_templates', 'image_sets', 'published', 'question_sets', 'Images', 'image_task', 'fetch_data',
-           'load_rows', 'image_columns', 'held_out', 'View', 'ClipScorer', 'clip_pool', 'table1', 'Questions',
-           'rank_choices', 'word_f1', 'T5Scorer', 't5_pool']
+           'load_rows', 'image_columns', 'held_out', 'View', 'head_words', 'ClipScorer', 'clip_pool', 'table1',
+           'Questions', 'rank_choices', 'word_f1', 'T5Scorer', 't5_pool']
 
 # %% ../nbs/35_published.ipynb #27c1507e
-import json, re, string
+import importlib.util, json, re, string
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ from .merge import paper_grid, ties
 from .score import tune
 from .boost import subspace_boosting
 from .vision import Experts, methods
-from .hub import Checkpoint, clip_models, commit_of, fetch, families, from_open_clip, hub_ids, locate, pool_from_hub, t5_tasks, zero_shot_head
+from .hub import Checkpoint, clip_models, commit_of, fetch, families, from_open_clip, hub_ids, locate, pinned, pool_from_hub, t5_tasks, zero_shot_head
 
 # %% ../nbs/35_published.ipynb #1d567a22
 _names = '''
@@ -208,7 +208,7 @@ fashion_mnist: a photo of a {}.; a photo of the {}.
 rendered-sst2: a {} review of a movie.
 emnist_letters: a photo of the digit character: "{}".
 kmnist: a photo of the character {}.
-emnist_digits: a photo of the number: "{}".
+emnist_digits: a photo of the digit character: "{}".
 '''
 def _listed(text): # "task: a; b" paragraphs, indented where they go on
     paragraphs = re.split(r'\n(?=\S)', text.strip())
@@ -227,7 +227,7 @@ class Images:
 
 image_sets = {t: Images(f'tanganke/{t.replace("-", "_")}') for t in ('stanford-cars', 'dtd', 'eurosat', 'gtsrb', 'resisc45', 'sun397', 'stl10', 'cifar100', 'cifar10', 'emnist_letters', 'kmnist')} \
     | {'mnist': Images('ylecun/mnist'), 'svhn': Images('ufldl-stanford/svhn', 'cropped_digits', patterns=('README.md', 'cropped_digits/*')), 'oxford-iiit-pet': Images('timm/oxford-iiit-pet'),
-       'oxford_flowers102': Images('dpdl-benchmark/oxford_flowers102'), 'pcam': Images('1aurent/PatchCamelyon'), 'fer2013': Images('clip-benchmark/wds_fer2013'), 'food101': Images('ethz/food101', test='validation'),
+       'oxford_flowers102': Images('dpdl-benchmark/oxford_flowers102'), 'pcam': Images('1aurent/PatchCamelyon'), 'fer2013': Images('clip-benchmark/wds_fer2013', patterns=('*.tar',)), 'food101': Images('ethz/food101', test='validation'),
        'fashion_mnist': Images('zalando-datasets/fashion_mnist'), 'rendered-sst2': Images('nateraw/rendered-sst2'), 'emnist_digits': Images('tanganke/emnist_mnist')}
 
 def image_task(
@@ -242,7 +242,7 @@ def image_task(
 # %% ../nbs/35_published.ipynb #cee01e81
 def fetch_data(
     repo:str, # "owner/name" of a data set
-    revision:str|None=None, # commit, tag or branch; None: the main branch
+    revision:str|None=None, # commit, tag or branch; None: as in `hub.fetch`
     patterns:Iterable=(), # files; none: all
     cache_dir:str|Path|None=None, # None: the usual one
 )->Path: # folder in the cache
@@ -260,6 +260,8 @@ def load_rows(
     except ImportError: raise ImportError("data sets are read by the package datasets: pip install datasets") from None
     if not Path(folder).exists(): raise FileNotFoundError(f"{folder} does not exist")
     datasets.disable_progress_bars()
+    root = Path(folder)
+    if (root/(config or 'default')/split).is_dir(): folder, config = root/(config or 'default'), None   # as the hub's own conversion to Parquet lays it out
     try: return datasets.load_dataset(str(folder), config, split=split, cache_dir=None if cache_dir is None else str(cache_dir))
     except (ValueError, FileNotFoundError, KeyError) as e: raise ValueError(f"{folder} has no split {split}{f' of {config}' if config else ''} that datasets can read: {e}") from None
 
@@ -316,6 +318,20 @@ class View:
 # %% ../nbs/35_published.ipynb #c8d63c09
 def _features(out): return out if isinstance(out, Tensor) else out.pooler_output # transformers 4 | 5
 
+def _stack(view, image, label, examples): return torch.stack([view(e[image]) for e in examples]), torch.tensor([int(e[label]) for e in examples]) # here, so that workers can be sent it
+
+_feelings = {n.split()[0]: str(n.split()) for n in ('angry', 'disgusted', 'fearful', 'happy smiling', 'sad depressed', 'surprised shocked spooked', 'neutral bored')}
+_tall_masks = {'kmnist': 'o ki su tsu na ha ma ya re wo'.split(), 'food101': [n.replace(' ', '_') for n in class_names['food101']],
+               'oxford-iiit-pet': [n.replace('_', ' ') for n in class_names['oxford-iiit-pet']], 'fer2013': [_feelings[n] for n in class_names['fer2013']]}
+
+def head_words(
+    task:str, # of the family
+    family:str, # "fusion_bench" | "tall_masks"
+)->tuple: # names of the classes; templates
+    "What a family made its heads of, through which its experts were trained: tall_masks takes torchvision's names, and prints FER2013's as Python lists."
+    key = image_task(task, family)
+    return (_tall_masks.get(key, class_names[key]) if family=='tall_masks' else class_names[key]), class_templates[key]
+
 class ClipScorer:
     "Accuracy of image towers against heads made of words."
     def __init__(self,
@@ -357,7 +373,7 @@ class ClipScorer:
     )->Tensor: # (classes, dim)
         "The frozen head of a task, made once."
         key = image_task(task, self.family)
-        if key not in self._heads: self._heads[key] = zero_shot_head(self.encode, class_names[key], class_templates[key], self.model.logit_scale.exp().item())
+        if key not in self._heads: self._heads[key] = zero_shot_head(self.encode, *head_words(task, self.family), self.model.logit_scale.exp().item())
         return self._heads[key]
 
     def rows(self,
@@ -388,8 +404,7 @@ class ClipScorer:
         image, label = image_columns(rows)
         wrong = self.model.load_state_dict(from_open_clip(state), strict=False).unexpected_keys
         if wrong: raise ValueError(f"state has parameters that {self.folder} has not: {', '.join(wrong)}")
-        collate = lambda examples: (torch.stack([self.view(e[image]) for e in examples]), torch.tensor([int(e[label]) for e in examples]))
-        loader = torch.utils.data.DataLoader(rows, self.batch, collate_fn=collate, num_workers=self.workers)
+        loader = torch.utils.data.DataLoader(rows, self.batch, collate_fn=partial(_stack, self.view, image, label), num_workers=self.workers)
         right = n = 0
         for x, y in tqdm(loader, desc=f'{task}, {split}', leave=False, disable=len(loader)<10):
             f = _features(self.model.get_image_features(pixel_values=x.to(self.device)))
@@ -550,6 +565,8 @@ class T5Scorer:
             import_open_clip()
             import transformers
             self._model = transformers.T5ForConditionalGeneration.from_pretrained(self.folder).eval().to(self.device)
+            if (self.folder/'spiece.model').exists() and not (self.folder/'tokenizer.json').exists() and not all(importlib.util.find_spec(m) for m in ('sentencepiece', 'google')):
+                raise ImportError(f"{self.folder} has its tokenizer as spiece.model, which transformers reads with sentencepiece and protobuf: pip install sentencepiece protobuf")
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder)
         return self._model
 

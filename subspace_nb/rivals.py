@@ -6,17 +6,18 @@
 __all__ = ['gram_floor', 'gram', 'noise_mask', 'svd_tall', 'eig_gram', 'whitened', 'iso', 'mean_rest', 'sum_matrices', 'iso_c',
            'chebyshev', 'top_eigen', 'leading', 'check_dws', 'polar_columns', 'polar_products', 'task_rank',
            'tsv_matrix', 'beside', 'room_for', 'tsv_m', 'iso_sizes', 'iso_cts_matrix', 'sum_exact', 'split_left',
-           'outside', 'iso_cts', 'align', 'knots', 'input_gram', 'regmean_matrix', 'regmean']
+           'outside', 'iso_cts', 'shared_outputs', 'align', 'in_basis', 'knots', 'input_gram', 'regmean_matrix',
+           'regmean']
 
 # %% ../nbs/13_rivals.ipynb #6d8dc1c7
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Callable
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from .spectra import as_work, check_matrix, check_share, gram_error, gram_lower, spread
-from .tasks import TaskVector, check_taus, default_device, map_task_vector, stacked, two_dim
+from .spectra import Lazy, as_work, check_matrix, check_share, gram_error, gram_lower, spread, stacked_r, sum_of
+from .tasks import TaskVector, check_taus, default_device, map_task_vector, two_dim
 from .merge import _total, average, ties
 
 # %% ../nbs/13_rivals.ipynb #d31a4ea2
@@ -175,7 +176,7 @@ def leading(
     lam, v = top_eigen(g, k) or (x[..., -k:].flip(-1) for x in torch.linalg.eigh(g))
     s = lam.clamp_min(0).sqrt()
     if s[-1]>gram_floor*max(s[0], part_of): u = a@v/s
-    else: u, s, v = (x[..., :k] for x in svd_tall(a, eps, part_of))
+    else: u, s, v = (x[..., :k].clone() for x in svd_tall(a, eps, part_of)) # a view would keep the whole
     return (v, s, u) if wide else (u, s, v)
 
 # %% ../nbs/13_rivals.ipynb #0ed401b1
@@ -357,20 +358,33 @@ def iso_cts(
     return map_task_vector(merge, taus, mean_rest, select, device=device, desc=desc)
 
 # %% ../nbs/13_rivals.ipynb #e79fdc27
+def shared_outputs(
+    dws:Sequence, # N task matrices (out, in): a tensor, a list, or `Lazy`
+    cut:float=1e-5, # singular values at or below this are dropped
+)->Tensor: # u (out, r) float64, orthonormal columns
+    "One orthonormal basis of the outputs for all experts: [Δ₁ … Δ_N] = U S [V₁ … V_N]ᵀ (KnOTS, Stoica et al. 2025)."
+    n, (out, width) = len(dws), dws[0].shape
+    if out>n*width: u, s, _ = torch.linalg.svd(torch.cat([w.double() for w in dws], 1), full_matrices=False)
+    else:
+        lam, u = torch.linalg.eigh(sum_of(lambda w: (d := w.double())@d.mT, dws))
+        s, u = lam.clamp_min(0).sqrt().flip(-1), u.flip(-1)
+        if cut<1e-6*s[0]: u, s, _ = torch.linalg.svd(stacked_r(Lazy(n, lambda i: dws[i].double().mT)).mT) # a Gram matrix cannot tell these from zero
+    return u[:, s>cut]
+
 def align(
     dws:Tensor, # (N, out, in): one layer's task matrices
     cut:float=1e-5, # singular values at or below this are dropped
 )->tuple[Tensor, Tensor]: # u (out, r) with orthonormal columns, and the coordinates (N, r, in), both in float64: u@coords[i] = dws[i]
-    "One orthonormal basis of the outputs for all experts: [Δ₁ … Δ_N] = U S [V₁ … V_N]ᵀ, and S Vᵢᵀ (KnOTS, Stoica et al. 2025)."
-    a = check_dws(dws).double()
-    wide = torch.cat(list(a), 1)                               # (out, N·in)
-    if wide.shape[0]>wide.shape[1]: u, s, _ = torch.linalg.svd(wide, full_matrices=False)
-    else:
-        lam, u = torch.linalg.eigh(wide@wide.mT)
-        s, u = lam.clamp_min(0).sqrt().flip(-1), u.flip(-1)
-        if cut<1e-6*s[0]: u, s, _ = torch.linalg.svd(wide, full_matrices=False) # a Gram matrix cannot tell these from zero
-    u = u[:, s>cut]
-    return u, u.mT@a
+    "A basis that all experts share, and their coordinates in it."
+    u = shared_outputs(check_dws(dws), cut)
+    return u, u.mT@dws.double()
+
+def in_basis(
+    u:Tensor, # (out, r) float64, from `shared_outputs`
+    dw:Tensor, # (out, in) one expert's task matrix
+)->Tensor: # (r, in) in `dw`'s dtype
+    "An expert's coordinates S Vᵢᵀ."
+    return (u.mT@dw.double()).to(dw.dtype)
 
 def knots(
     taus:list, # task vectors, two at least
@@ -386,9 +400,10 @@ def knots(
     basis, aligned = {}, [dict(t) for t in taus]
     for k, w in tqdm(taus[0].items(), desc=desc, disable=desc is None, leave=False):
         if not select(k, w): continue
-        u, coords = align(stacked([t[k] for t in taus], device=device), cut)
+        ws = [as_work(t[k]).to(device) for t in taus]
+        u = shared_outputs(ws, cut)
         basis[k] = u.to(w.device)
-        for t, x in zip(aligned, coords.to(w.device)): t[k] = x.to(as_work(w).dtype)
+        for t, x in zip(aligned, ws): t[k] = in_basis(u, x).to(w.device)
     merged = merge([TaskVector(t) for t in aligned])
     return merged.map(lambda k, x: (basis[k]@x.double()).to(taus[0][k].dtype) if k in basis else x.to(taus[0][k].dtype))
 
@@ -398,19 +413,22 @@ def input_gram(
     off_diagonal:float=.95, # what entries beside the diagonal are multiplied with, in [0, 1]
 )->Tensor: # (in, in) float64
     "XᵀX/n with its off-diagonal entries shrunk (RegMean, Jin et al. 2023)."
-    g = x.double()
-    g = g.mT@g/len(g)
-    return off_diagonal*g+(1-off_diagonal)*g.diag().diag()
+    x = x.double()
+    g = (x.mT@x).div_(len(x))
+    d = g.diag()
+    g.mul_(off_diagonal).diagonal().copy_(d)
+    return g
 
 def regmean_matrix(
-    dws:Tensor, # (N, out, in): one layer's task matrices
+    dws:Sequence, # N task matrices (out, in) of one layer: a tensor, a list, or `Lazy`
     grams:Iterable, # N matrices (in, in): `input_gram` of each expert
 )->Tensor: # (out, in) in `dws`' dtype
     "The change whose outputs are closest to each expert's on its own inputs; where no input reaches, the mean (RegMean, Eq. 2)."
-    a = dws.double()
-    mean, total, right = a.mean(0), 0., 0.
-    for dw, g in zip(a, grams):
-        total, right = total+g, right+g@(dw-mean).mT          # Σ G and Σ Gᵢ(Δᵢ - mean)ᵀ
+    mean, total, right = sum_of(lambda w: w.double(), dws)/len(dws), None, 0.
+    for dw, g in zip(dws, grams):
+        right = right+g@(dw.double()-mean).mT                     # Σ Gᵢ(Δᵢ - mean)ᵀ
+        total = g.clone() if total is None else total.add_(g)     # Σ G
+        del g
     chol, info = torch.linalg.cholesky_ex(total)
     d = chol.diagonal()
     if not info and d.min()>1e-6*d.max(): x = torch.cholesky_solve(right, chol)
@@ -418,7 +436,7 @@ def regmean_matrix(
         lam, v = torch.linalg.eigh(total)
         seen = lam>1e-12*lam[-1].clamp_min(torch.finfo(lam.dtype).tiny)
         x = v[:, seen]@((v[:, seen].mT@right)/lam[seen, None])
-    return (mean+x.mT).to(dws.dtype)
+    return (mean+x.mT).to(dw.dtype)
 
 def _check_inputs(inputs, taus): # one mapping per expert; names of the layers that all of them have
     if isinstance(inputs, Mapping) or not isinstance(inputs, Iterable): raise TypeError("inputs must be a list of mappings, one per expert")
@@ -454,6 +472,6 @@ def regmean(
     device = default_device() if device is None else torch.device(device)
     new = {}
     for k in tqdm(names, desc=desc, disable=desc is None, leave=False):
-        dws = torch.stack([as_work(t[k]) for t in taus]).to(device)
+        dws = [as_work(t[k]).to(device) for t in taus]
         new[k] = regmean_matrix(dws, (input_gram(x[k].to(device), off_diagonal) for x in inputs)).to(taus[0][k])
     return average(taus).map(lambda k, w: new[k] if k in new else w)

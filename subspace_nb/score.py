@@ -7,11 +7,12 @@ __all__ = ['geometric_grid', 'climb', 'tune', 'PeakMemory', 'timed', 'environmen
            'rerun', 'open_results']
 
 # %% ../nbs/05_score.ipynb #84064400
-import ctypes, gc, json, os, platform, sys, threading, time
+import gc, json, os, platform, sys, threading, time
 from pathlib import Path
 from typing import Callable
 import torch
 from filelock import FileLock
+from .spectra import give_back
 
 # %% ../nbs/05_score.ipynb #d45341a2
 def geometric_grid(
@@ -78,9 +79,7 @@ class PeakMemory:
 
     def __enter__(self):
         if self.cuda: torch.cuda.reset_peak_memory_stats()
-        elif sys.platform=='linux':
-            try: ctypes.CDLL('libc.so.6').malloc_trim(0)        # what was freed before does not hide what is taken now
-            except (OSError, AttributeError): pass
+        else: give_back()                                        # what was freed before does not hide what is taken now
         self.collecting = gc.isenabled(); gc.disable()           # nor does what a collection would free
         if self.cuda: self.start = torch.cuda.memory_allocated(); return self
         self.start = self.peak = self.level(); self.on = True

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['as_work', 'all_finite', 'check_matrix', 'check_share', 'svd', 'singular_values', 'stable_rank', 'energy_rank',
-           'check_rank_tol', 'null_mask', 'numerical_rank', 'map_spectrum_svd', 'gram_lower', 'gram_error', 'spread',
-           'map_spectrum', 'spectral_norm', 'polar_iteration', 'polar', 'lift']
+           'check_rank_tol', 'null_mask', 'numerical_rank', 'map_spectrum_svd', 'gram_lower', 'gram_error', 'give_back',
+           'spread', 'Lazy', 'sum_of', 'stacked_r', 'map_spectrum', 'spectral_norm', 'polar_iteration', 'polar', 'lift']
 
 # %% ../nbs/00_spectra.ipynb #9caf5074
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from numbers import Real
 from typing import Callable
@@ -156,9 +156,10 @@ def _faint_again(a, v, s, k):
 
 def _map_gram(dw, fn, rank_tol):
     "One matrix, at least as tall as wide, by its Gram matrix; None where too many directions are too faint for it."
-    a, eps, fine = dw.double(), torch.finfo(dw.dtype).eps, dw.dtype==torch.float64
+    eps, fine = torch.finfo(dw.dtype).eps, dw.dtype==torch.float64
     tol = 1e-11 if fine else 5e-6
-    lam, v = torch.linalg.eigh(gram_lower(a))                      # ascending; `fn` wants descending
+    lam, v = torch.linalg.eigh(gram_lower(dw.double()))            # ascending; `fn` wants descending
+    a = dw.double()                                                # not before: LAPACK takes four times the Gram matrix
     s = lam.clamp_min(0).sqrt()
     if not s[-1]>0: return torch.zeros_like(dw)
     def lifted(s):
@@ -190,6 +191,10 @@ def _map_one(dw, fn, rank_tol):
 try: _trim = ctypes.CDLL('libc.so.6').malloc_trim
 except (OSError, AttributeError): _trim = lambda pad: 0 # another C library keeps less
 
+def give_back():
+    "Hand freed memory back to the system, which glibc's heap would keep."
+    _trim(0)
+
 def spread(
     fn:Callable, # called with the items of one piece of work
     *items:Iterable, # independent pieces of work: one list for each argument of `fn`
@@ -201,7 +206,49 @@ def spread(
     if n<2 or getattr(work[0][0], 'is_cuda', False): return [fn(*w) for w in work]
     try:
         with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as pool: return list(pool.map(lambda w: fn(*w), work))
-    finally: torch.set_num_threads(threads); _trim(0) # glibc would keep what each worker freed
+    finally: torch.set_num_threads(threads); give_back()
+
+class Lazy(Sequence):
+    "Matrices that are made each time one is asked for, so that none needs to stay in memory."
+    def __init__(self,
+        n:int, # how many
+        make:Callable, # index from 0 -> tensor
+    ): self.n, self.make = n, make
+    def __len__(self): return self.n
+    def __getitem__(self, i):
+        if not -self.n<=i<self.n: raise IndexError(f"there are {self.n} matrices, and no number {i}")
+        return self.make(i%self.n)
+    def __iter__(self): return map(self.make, range(self.n))
+
+def sum_of(
+    fn:Callable, # called with each item
+    items:Sequence, # a list, or `Lazy`
+    room:int=2**26, # bytes that results may take before they are added; one result always fits
+)->Tensor: # the sum of the results, in their order
+    "Σ fn(item), spread over the cores as far as there is room for several results."
+    total = fn(items[0])
+    step = max(1, room//max(1, total.nbytes))
+    for a in range(1, len(items), step):
+        for i, x in enumerate(spread(lambda i: fn(items[i]), range(a, min(a+step, len(items))))):
+            total = total.add_(x) if a+i>1 else total+x                    # the first result may be the item itself
+            del x
+    give_back()
+    return total
+
+def stacked_r(
+    blocks:Sequence, # N matrices (…, m_i, n), a list or `Lazy`
+    room:int=2**26, # bytes of rows that are taken at a time; one matrix always fits
+)->Tensor: # (…, min(Σ m_i, n), n) upper triangular: RᵀR is the sum of all Gram matrices
+    "R of the QR decomposition of all matrices below one another, a few of them in memory; long rows first, which keeps the digits of short ones."
+    r = rows = None
+    for i, a in enumerate(blocks):
+        rows = a if rows is None else torch.cat([rows, a], -2)
+        if rows.nbytes+a.nbytes<=room and i<len(blocks)-1: continue
+        rows = rows if r is None else torch.cat([r, rows], -2)
+        rows = rows.take_along_dim(rows.abs().amax(-1, keepdim=True).argsort(-2, descending=True), -2)
+        r, rows = torch.linalg.qr(rows, mode='r').R, None
+    give_back()
+    return r
 
 def map_spectrum(
     dw:Tensor, # (…, out, in)

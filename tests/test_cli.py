@@ -1,5 +1,5 @@
 """The command: every verb, exit codes, files of options, errors without tracebacks."""
-import json, os, re, subprocess, sys
+import json, os, re, signal, subprocess, sys, time
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -174,7 +174,7 @@ def test_mergekit_dare(models, tmp_path, capsys):
     (KIT.format(method='ties', more='chat_template: auto'), 'chat_template'), (KIT.format(method='ties', more='parameters: {normalize: 2}'), 'normalize must be true or false'), (KIT.format(method='model_stock', more=''), 'model_stock takes no parameters'),
     ('merge_method: ties\nbase_model: base\nmodels: [{model: one, weight: 2}]', 'keys of a model'),
     ('merge_method: task_arithmetic\nbase_model: base', 'models must be'), (KIT.format(method='task_arithmetic', more='parameters: {lambda: x}'), 'lambda must be a number'), (KIT.format(method='task_arithmetic', more='slices: []'), 'slices'),
-    ('merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: one, parameters: {weight: [1, 2]}}]', 'gradient over layers'), ('workers: 0\nbase: base\nexpert: one\nout: x', 'workers'), ('base: base\nexpert: one\nout: x\nalpha: high', 'alpha')])
+    ('merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: one, parameters: {weight: [1, x]}}]', 'conditions need'), ('workers: 0\nbase: base\nexpert: one\nout: x', 'workers'), ('base: base\nexpert: one\nout: x\nalpha: high', 'alpha')])
 def test_files_refused(models, tmp_path, capsys, text, why):
     (tmp_path/'c.yml').write_text(text)
     code, out, err = call(capsys, 'merge', '--config', 'c.yml', '--out', 'out', '--quiet')
@@ -260,6 +260,26 @@ def test_as_a_process_interrupted_and_resumed(models, tmp_path):
     assert r.returncode==2 and 'usage' in r.stderr
     r = run('merge', *EXPERTS, '--out', 'out')
     assert r.returncode==0 and not r.stderr and r.stdout.startswith('out: 3 experts')
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_the_command(tmp_path, number):
+    for i in range(3): (tmp_path/str(i)).mkdir(); save_file({f'blocks.{l}.mlp.fc1.weight': torch.randn(400, 300, generator=torch.Generator().manual_seed(9*i+l)) for l in range(60)}, tmp_path/str(i)/'model.safetensors')
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    p = subprocess.Popen([sys.executable, '-m', 'subspace_nb.cli', 'merge', '--base', '0', '--expert', '1', '--expert', '2', '--method', 'tsv_m', '--workers', '2', '--out', 'out', '--quiet'],
+                         cwd=tmp_path, env=os.environ | {'PYTHONPATH': os.environ.get('PYTHONPATH', root)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    journal, until = partial_folder(tmp_path/'out')/'journal', time.monotonic()+60
+    while not journal.exists() and p.poll() is None and time.monotonic()<until: time.sleep(.02)
+    p.send_signal(number)
+    try: p.communicate(timeout=20)                                                   # workers that live on hold the pipe open
+    finally:
+        try: os.killpg(p.pid, signal.SIGKILL)
+        except ProcessLookupError: pass
+    assert p.returncode==-number and not (tmp_path/'out').exists()
+
+def test_numbers_as_yaml_1_2_has_them(models, tmp_path, capsys):
+    (tmp_path/'c.yml').write_text('base: base\nexperts: [one, two]\nalpha: 3e-1\n')
+    code, out, err = call(capsys, 'merge', '--config', 'c.yml', '--out', 'out', '--quiet', '--json')
+    assert code==0 and json.loads(out)['report']['alpha']==.3
 
 def test_interrupt(models, capsys, monkeypatch):
     import subspace_nb.stream as stream

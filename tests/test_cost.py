@@ -71,9 +71,10 @@ def test_models_that_are_none(bad, error):
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 4), st.integers(1, 3))
 def test_experts_have_the_shape_asked_for(out, inp, n, count):
-    taus, xs = random_experts(n, out, inp, count, proxy=True)
+    taus, xs = random_experts(n, out, inp, count, inputs='all')
     assert len(taus)==len(xs)==n and all(len(t)==count and {tuple(w.shape) for w in t.values()}=={(out, inp)} for t in taus)
     assert all(w.isfinite().all() for t in taus for w in t.values()) and all(x.shape[1]==inp for d in xs for x in d.values())
+    assert [len(d) for d in xs]==n*[count] and not any(random_experts(n, out, inp, count)[1]) and bool(random_experts(n, out, inp, 1, 'long')[1][0])==(out!=inp)
     assert torch.equal(random_experts(n, out, inp, count)[0][-1][part_name(out, inp)], taus[-1][part_name(out, inp)])
 
 
@@ -106,7 +107,7 @@ def witness(request, monkeypatch):
     "A method that writes down where its inputs and the work are."
     places = []
     def run(taus, xs, device): places.append({str(device), *(str(w.device) for d in (*taus, *xs) for w in d.values())})
-    monkeypatch.setitem(methods, request.param, Method(run))
+    monkeypatch.setitem(methods, request.param, Method(run, inputs=methods[request.param].inputs))
     return request.param, places
 
 
@@ -120,17 +121,60 @@ def test_inputs_lie_on_the_device_before_the_clock_starts(witness, bench):
 
 
 def test_experts_do_not_depend_on_the_device():
-    taus, xs = random_experts(2, 24, 8, 2, proxy=True, device='meta')
+    taus, xs = random_experts(2, 24, 8, 2, inputs='long', device='meta')
     assert {w.device.type for d in (*taus, *xs) for w in d.values()}=={'meta'} and all(xs)
     assert all(torch.equal(a[k], b[k]) for a, b in zip(random_experts(2, 24, 8)[0], random_experts(2, 24, 8, device='cpu')[0]) for k in a)
 
 
-def test_benchmarks_ask_by_default_for_the_rows_that_are_stored(bench):
-    cost, elsewhere = bench('cost'), bench('elsewhere')
-    stored = Results('nbs/results/cost.json')
-    assert not [j for part in ('table', 'plain', 'law', 'large', 'blocks') for j in cost.jobs(part) if not stored.find(**cost.key_of(j))]
-    stored = Results('nbs/results/cost_elsewhere.json')
-    assert all(stored.find(tool=t, method=m, experts=n, blocks=elsewhere.stored_blocks[m]) for m, ts in elsewhere.tools.items() for t in ts for n in (2, 8, 20))
+def test_the_benchmark_asks_by_default_for_the_rows_that_are_stored(bench):
+    cost, elsewhere, stored = bench('cost'), bench('elsewhere'), Results('nbs/results/cost.json')
+    envs = dict.fromkeys(('ours', 'mergekit', 'fusion-bench'), Path())
+    wanted = [*(cost.key_of(j) for part in ('table', 'plain', 'law', 'large', 'blocks') for j in cost.jobs(part)), *elsewhere.jobs(envs, cost.sizes, cost.depth, cost.width)]
+    assert not [key for key in wanted if not stored.find(**key)] and set(stored.meta['settings'])=={'threads', 'device', 'dtype', 'rows', 'repeats'}
+
+
+def test_rows_on_the_same_matrices_follow_each_other(bench):
+    cost = bench('cost')
+    jobs = [j for part in ('table', 'plain', 'law', 'large', 'blocks') for j in cost.jobs(part)]
+    todo = cost.in_order(dict.fromkeys(jobs))
+    assert set(todo)==set(jobs) and len(todo)==len(set(jobs))
+    of = [(j[2:], cost.taken(j[1], *j[3:])) for j in todo if j[0]!='blocks']
+    assert sum(a!=b for a, b in zip(of, of[1:]))==len(set(of))-1
+    assert {m for w, m, n, *_ in jobs if w=='ours' and n in cost.sizes}==set(methods) and {m for w, m, *_ in jobs if w=='plain'}=={m for m, how in methods.items() if how.side}-{'regmean'}
+
+
+@pytest.mark.parametrize('method', ['boosting', 'iso_c', 'iso_cts', 'tsv_m', 'esm', 'higher_order_boosting', 'knots'])
+def test_the_plain_way_is_the_same_merge(method, bench):
+    cost = bench('cost')
+    for out, inp in ((36, 24), (24, 36), (24, 24)):
+        (taus, xs), k = random_experts(3, out, inp, 1, methods[method].inputs), part_name(out, inp)
+        taus, xs = [t.to(torch.float64) for t in taus], [{k: x.double() for k, x in d.items()} for d in xs]
+        want = cost.plain[method]([t[k] for t in taus], [d[k] for d in xs if k in d])
+        got = methods[method].run(taus, xs, torch.device('cpu'))[k]
+        assert (got-want).norm()<1e-3*want.norm()
+
+
+def test_matrices_of_a_benchmark_are_made_once(bench):
+    cost = bench('cost')
+    taus, xs = cost.matrices('esm', 2, 24, 8, 1, torch.device('cpu'))
+    want = random_experts(2, 24, 8, 1)[0]
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(taus, want) for k in b) and [set(t) for t in taus]==[set(t) for t in want]==[set(d) for d in xs]
+    assert cost.matrices('esm', 2, 24, 8, 1, torch.device('cpu'))[0][0][part_name(24, 8)].data_ptr()==taus[0][part_name(24, 8)].data_ptr()
+    row = cost.time_ours('knots', 2, 24, 8, torch.device('cpu'))
+    assert row['count']==1 and row['each']>0 and cost.at_once('boosting', 4096, 1024)==torch.get_num_threads() and cost.at_once('higher_order_boosting', 768, 3072)==1
+
+
+@pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='memory is read there')
+def test_merges_from_files_leave_rows_and_no_files(tmp_path, bench, monkeypatch):
+    elsewhere = bench('elsewhere')
+    envs = elsewhere.environments(tmp_path/'none', tmp_path/'none')
+    assert set(envs)=={'ours'}
+    todo = elsewhere.jobs(envs, (2,), 1, 16)
+    assert [(key['method'], key['tool']) for key in todo]==[(m, 'ours') for m in elsewhere.tools]
+    results = Results(tmp_path/'cost.json', threads=1)
+    assert elsewhere.run_files(results, todo[:1], envs, 1, tmp_path) and len(results.rows)==1 and [f.name for f in tmp_path.iterdir() if f.is_dir()]==[]
+    assert all(r['took']>0 and r['MiB']>0 and r['version'] and r['apart'] is None and r['way']=='files' for r in results.rows)
+    assert not elsewhere.run_files(results, todo, envs, 1, tmp_path, lambda: True)
 
 
 def test_best_of_stops_in_time():
@@ -249,6 +293,14 @@ def test_saved_and_loaded(tmp_path):
     cal.save(tmp_path/'c.json'); again = Calibration.load(tmp_path/'c.json')
     assert again.rows==cal.rows and again.meta==cal.meta and json.loads((tmp_path/'c.json').read_text())['meta']['device']=='here'
     assert estimate(vit_shapes(96, 2), 5, 'iso_c', again).seconds==estimate(vit_shapes(96, 2), 5, 'iso_c', cal).seconds
+
+
+def test_what_stays_in_memory_is_forecast():
+    rows = [dict(r, method=m) for m in ('knots', 'iso_cts') for r in rows_of('iso_c', [1e-4, 0, 1e-3, 0, .1, 0])]
+    cal = Calibration([*rows, *rows_of('task_arithmetic', [1e-5, 1e-3])])
+    mib = lambda blocks, n: estimate(vit_shapes(64, blocks), n, 'knots', cal).MiB-estimate(vit_shapes(64, blocks), n, 'iso_cts', cal).MiB
+    entries = 12*64**2
+    assert mib(3, 5)-mib(3, 4)==pytest.approx(4*3*entries/2**20, rel=1e-6) and mib(3, 5)==pytest.approx((12+20)*3*entries/2**20, rel=1e-6)
 
 
 def test_calibration_of_this_machine():

@@ -3,10 +3,10 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from conftest import gap, make_taus
 from subspace_nb.boost import boost
-from subspace_nb.hogsvd import (HOGSVD, boosted_merge, check_mats, check_pi, generalized_singular_values, higher_order_boosting, hogsvd,
-                                gram_road, inverse_gram, inverse_rest, inverse_root, left_vectors, lower_gram, mean_inverse_eig, qr_rows, scales, shared_basis, split_isolated, stack_qr, tau_bounds)
+from subspace_nb.hogsvd import (HOGSVD, boosted_merge, chained_qr, check_mats, check_pi, generalized_singular_values, higher_order_boosting, hogsvd,
+                                gram_road, inverse_gram, inverse_rest, inverse_root, left_vectors, lower_gram, mean_inverse_eig, qr_rows, row_space, scales, shared_basis, split_isolated, stack_qr, tau_bounds)
 from subspace_nb.merge import task_arithmetic
-from subspace_nb.spectra import singular_values
+from subspace_nb.spectra import Lazy, lift, polar, singular_values
 from subspace_nb.tasks import TaskVector
 
 some = settings(max_examples=25, deadline=None)
@@ -345,6 +345,49 @@ def test_equals_algorithm_2(beta, scale):
     mats = [randn(8, 5, seed=i) for i in range(3)]
     assert gap(boosted_merge(mats, beta, 1e-2, scale), algorithm_2(mats, beta, 1e-2, scale=='unit'))<1e-7
     if beta==0: s = singular_values(boosted_merge(mats, 0., scale=scale)); assert torch.allclose(s, s[:1].expand(5))
+
+
+def from_decomposition(mats, beta, pi, unit):
+    "Algorithm 2 from the whole decomposition, all matrices and directions at once."
+    d = hogsvd(mats, pi, complete=False)
+    if unit: d = d.unit()
+    s, order = d.sigmas.sum(-2).sort(-1, descending=True)
+    lifted = torch.empty_like(s).scatter_(-1, order, lift(s, beta))
+    return (polar(sum(d.us))*lifted)@polar(d.v).mT
+
+
+def shaped(kind):
+    "Experts' matrices of one kind."
+    tall, wide = [randn(30, 12, seed=i) for i in range(5)], [randn(5, 12, seed=i) for i in range(5)]
+    return {'tall': tall, 'wide': wide, 'wide, low': wide[:2], 'adapters': [randn(30, 2, seed=i)@randn(2, 12, seed=9+i) for i in range(3)],
+            'steep': [a*torch.logspace(0, -7, 12, dtype=torch.float64) for a in tall], 'one faint': [tall[0], 1e-9*tall[1], tall[2]],
+            'float32': [a.float() for a in wide], 'float32 adapters': [(randn(30, 2, seed=i)@randn(2, 12, seed=9+i)).float() for i in range(3)]}[kind]
+
+
+@pytest.mark.parametrize('scale', scales)
+@pytest.mark.parametrize('beta', [0., .4])
+@pytest.mark.parametrize('kind', ['tall', 'wide', 'wide, low', 'adapters', 'steep', 'one faint', 'float32', 'float32 adapters'])
+def test_one_matrix_at_a_time(kind, beta, scale):
+    mats = shaped(kind)
+    out = boosted_merge(mats, beta, 1e-2, scale)
+    assert gap(out, from_decomposition(mats, beta, 1e-2, scale=='unit'))<(2e-5 if '32' in kind else 1e-6)
+    asked = []
+    def read(i): asked.append(i); return mats[i]
+    assert torch.equal(boosted_merge(Lazy(len(mats), read), beta, 1e-2, scale), out) and set(asked)==set(range(len(mats)))
+    batch = boosted_merge([torch.stack([m, 2*m]) for m in mats], beta, 1e-2, scale)
+    assert torch.equal(batch[0], out)
+
+
+@pytest.mark.parametrize('pi', [0., 1e-8, 1e-2, 2.])
+def test_chained_qr(pi):
+    mats = [randn(1, 6, 4, seed=i) for i in range(3)]
+    qs, r = chained_qr(mats)
+    for q, a in zip(qs, mats): assert gap(q@r, a)<1e-12
+    assert gap(sum(q.mT@q for q in qs), torch.eye(4, dtype=torch.float64)[None])<1e-12 and row_space(mats, 2e-16) is None
+    a, b = mean_inverse_eig(qs, pi), mean_inverse_eig(stack_qr(mats, 2e-16)[0], pi)
+    assert gap(a[0], b[0])<1e-9
+    thin = [randn(1, 6, 1, seed=i)@randn(1, 4, seed=5) for i in range(3)]
+    for eps in (2e-16, 1e-7): assert row_space(thin, eps).shape==(1, 4, 1) and gap(thin[0]@row_space(thin, eps)@row_space(thin, eps).mT, thin[0])<1e-10
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])

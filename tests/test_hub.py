@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 
 from subspace_nb.boost import boost
 from subspace_nb.experts import import_open_clip, sha256
-from subspace_nb.hub import (Adapter, Checkpoint, Layout, boost_factors, commit_of, dtype_names, fetch, from_open_clip, hub_ids, image_tower, join_qkv, layouts, locate, merge_adapters,
-                             pool_from_hub, read_entry, read_header, read_index, read_pickle, recognise, save_adapter, split_qkv, to_open_clip, unit_shape, zero_shot_head)
+from subspace_nb.hub import (Adapter, Checkpoint, Layout, boost_factors, clip_models, commit_of, dtype_names, fetch, from_open_clip, fusion_bench_tasks, hub_ids, image_tower, join_qkv, layouts, locate, merge_adapters, pinned,
+                             pool_from_hub, read_entry, read_header, read_index, read_pickle, recognise, save_adapter, split_qkv, t5_base, to_open_clip, unit_shape, zero_shot_head)
 from subspace_nb.spectra import numerical_rank
 from subspace_nb.tasks import task_vector
 from conftest import gap
@@ -354,7 +354,7 @@ def offline(monkeypatch):
     monkeypatch.setattr(c, 'HF_HUB_OFFLINE', True)
 
 def test_both_families_from_a_cache(clip, tmp_path, offline):
-    cache, commit, other = tmp_path/'cache', 'a'*40, 'b'*40
+    cache, commit, other = tmp_path/'cache', pinned['openai/clip-vit-base-patch32'], pinned['tanganke/clip-vit-base-patch32_sun397']
     clip.save_pretrained(tmp_path/'base'); into_cache(tmp_path/'base', 'openai/clip-vit-base-patch32', cache, commit)
     base, tower = to_open_clip(clip.state_dict()), image_tower(clip.state_dict())
     tuned = {k: v+torch.randn_like(v) for k, v in clip.state_dict().items()}
@@ -370,6 +370,7 @@ def test_both_families_from_a_cache(clip, tmp_path, offline):
     torch.save({f'model.{k}': v for k, v in to_open_clip(tuned).items()}, f)
     old = pool_from_hub(tasks=['Cars'], family='tall_masks', cache_dir=cache)
     assert all(torch.equal(old.task_vector('Cars')[k], want[k]) for k in want) and set(want)==set(tower)
+    assert torch.equal(old.task_vector('Cars')['visual.proj'], (tuned['visual_projection.weight']-clip.state_dict()['visual_projection.weight']).mT) and 'visual.proj' not in pool.base
     with pytest.raises(FileNotFoundError, match='sun397 at deadbeef'): pool_from_hub(tasks='sun397', revisions={'tanganke/clip-vit-base-patch32_sun397': 'deadbeef'}, cache_dir=cache)
     with pytest.raises(FileNotFoundError, match='nik-dim/tall_masks/no.pt'): fetch('nik-dim/tall_masks', 'no.pt', cache_dir=cache)
 
@@ -393,6 +394,43 @@ def test_companions_in_folders(sharded, tmp_path):
     d = copy(sharded, tmp_path/'d')
     for sub, f in (('1_Pooling', 'config.json'), ('2_Dense', 'config.json'), ('2_Dense', 'pytorch_model.bin'), ('logs', 'big'), ('deep/er', 'x')): (d/sub).mkdir(parents=True, exist_ok=True); (d/sub/f).write_bytes(bytes(2**20 if f=='big' else 3))
     assert [str(f.relative_to(d)) for f in Checkpoint(d).companions]==['1_Pooling/config.json', 'config.json']
+
+@pytest.mark.parametrize('name', ['llama', 'gpt2'])
+def test_heads_tied_by_the_configuration(tmp_path, name):
+    from subspace_nb.stream import merge_files
+    made = {'llama': lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, vocab_size=32, max_position_embeddings=16, tie_word_embeddings=True)),
+            'gpt2': lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, n_positions=16))}
+    torch.manual_seed(0)
+    model = made[name]()
+    start, states = {k: v.clone() for k, v in model.state_dict().items()}, []
+    for i in range(3):
+        rng = torch.Generator().manual_seed(i)
+        model.load_state_dict({k: v+.01*i*torch.randn(v.shape, generator=rng) if i and v.is_floating_point() else v for k, v in start.items()}); model.tie_weights()
+        once, twice = tmp_path/f'once{i}', tmp_path/f'twice{i}'
+        model.save_pretrained(once)                                                              # safetensors store the shared tensor once
+        twice.mkdir(); torch.save({k: v.clone() for k, v in model.state_dict().items()}, twice/'pytorch_model.bin'); (twice/'config.json').write_bytes((once/'config.json').read_bytes())
+        states.append({k: v.clone() for k, v in model.state_dict().items()})
+    want = {k: v+.5*sum(s[k]-v for s in states[1:]) if v.is_floating_point() else v for k, v in states[0].items()}
+    for j, (b, e) in enumerate([('once', ('once', 'twice')), ('twice', ('once', 'once')), ('once', ('twice', 'twice')), ('twice', ('twice', 'once'))]):
+        out = merge_files(tmp_path/f'{b}0', [tmp_path/f'{x}{i+1}' for i, x in enumerate(e)], tmp_path/f'out{j}', alpha=.5, device='cpu')
+        got = type(model).from_pretrained(out)
+        assert got.get_output_embeddings().weight is got.get_input_embeddings().weight
+        for k, v in got.state_dict().items(): assert torch.allclose(v, want[k], atol=1e-6), (b, e, k)
+
+def test_pinned_commits(clip, tmp_path, offline):
+    known = {r for m in clip_models for r in ('openai/'+m, *(f'tanganke/{m}_{t}' for t in fusion_bench_tasks))}
+    from subspace_nb.published import image_sets
+    assert all(re.fullmatch('[0-9a-f]{40}', c) for c in pinned.values()) and len(set(pinned.values()))==len(pinned)
+    assert set(pinned)<=known | {i.repo for i in image_sets.values()} | {t5_base} and {'openai/'+m for m in clip_models}<=set(pinned)
+    cache, repo = tmp_path/'cache', 'openai/clip-vit-base-patch32'
+    clip.save_pretrained(tmp_path/'old'); into_cache(tmp_path/'old', repo, cache, pinned[repo])
+    clip.save_pretrained(tmp_path/'new'); into_cache(tmp_path/'new', repo, cache, 'a'*40)                 # where `main` points now
+    assert commit_of(fetch(repo, cache_dir=cache))==pinned[repo] and commit_of(fetch(repo, revision='main', cache_dir=cache))=='a'*40
+    assert commit_of(locate(repo, cache))==pinned[repo] and commit_of(locate(repo+'@main', cache))=='a'*40
+
+def test_torchscript_is_no_checkpoint(tmp_path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path/'model.pt'))
+    with pytest.raises(ValueError, match='TorchScript program'): read_pickle(tmp_path/'model.pt')
 
 def test_heads():
     encode = lambda ts: torch.tensor([[len(t), 1., t.count('a')] for t in ts])

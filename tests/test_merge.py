@@ -9,7 +9,7 @@ import torch
 from conftest import SHAPES, gap, make_tau, make_taus
 from hypothesis import given, strategies as st
 
-from subspace_nb.merge import (average, breadcrumbs, choose_alpha, consensus, dare, lines, lines_factors, model_stock, paper_grid, search,
+from subspace_nb.merge import (agreement, in_pieces, l1_norm, average, breadcrumbs, choose_alpha, consensus, dare, lines, lines_factors, model_stock, paper_grid, search,
                                stock_ratio, tall_masks, task_arithmetic, ties, trim_threshold)
 from subspace_nb.tasks import TaskVector
 
@@ -415,3 +415,14 @@ def test_choose_alpha_asks_the_validation_split():
     assert alpha==.4 and table.coefficient.tolist()==list(paper_grid)==[i/10 for i in range(1, 11)]
     assert set(seen)=={(('a', 'b'), 'val')}
     assert choose_alpha(Pool(), tau, ['a'], grid=[.1, .2], extend=True)[0]==pytest.approx(.4)
+
+def test_sums_in_pieces(monkeypatch):
+    from subspace_nb import merge
+    ws = [torch.randn(3*2**18+5, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    parts = in_pieces(len(ws[0]))
+    assert [p.stop-p.start for p in parts]==[2**18]*3+[5] and in_pieces(0)==[slice(0, 0)]
+    assert l1_norm(ws[0])==pytest.approx(ws[0].double().abs().sum().item(), rel=1e-12)
+    assert agreement([w[p] for w in ws] for p in parts)==stock_ratio(ws)
+    unit = [w.double()/w.double().norm() for w in ws]
+    c = sum(unit[i]@unit[j] for i in range(3) for j in range(3) if i!=j)/6
+    assert stock_ratio(ws).item()==pytest.approx((3*c/(1+2*c)).item(), rel=1e-9)

@@ -18,7 +18,7 @@ PYTHON = os.environ.get('SUBSPACE_NB_MERGEKIT') or (str(OWN/'bin'/'python') if (
 pytestmark = pytest.mark.skipif(not PYTHON, reason='`make mergekit` makes the environment that this compares with')
 
 MODELS = {
-    'llama': lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=64, max_position_embeddings=32)),
+    'llama': lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, vocab_size=64, max_position_embeddings=32)),
     'vit': lambda: transformers.ViTModel(transformers.ViTConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8)),
     'bert': lambda: transformers.BertForMaskedLM(transformers.BertConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=64, max_position_embeddings=16)),
     'clip': lambda: transformers.CLIPModel(transformers.CLIPConfig(projection_dim=16, text_config=dict(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=64, max_position_embeddings=12),
@@ -38,7 +38,8 @@ models:
 CASES = {'task_arithmetic': ('', '', ''), 'task_arithmetic normalized': ('', '', 'parameters: {normalize: true, lambda: 0.8}'),
          'ties': (', density: 0.3', ', density: 0.6', ''), 'ties with lambda': (', density: 0.2', ', density: 0.2', 'parameters: {normalize: false, lambda: 0.5, int8_mask: true}\ndtype: float32'),
          'ties by filters': (', density: [{filter: mlp, value: 0.9}, {value: 0.2}]', '', 'parameters: {density: 0.5}\ntokenizer_source: base'),
-         'ties in half precision': (', density: 0.5', ', density: 0.5', 'dtype: bfloat16'), 'task_arithmetic to half precision': ('', '', 'dtype: float32\nout_dtype: float16'),
+         'ties by gradients': (', density: [1, 0.7, 0.1]', ', density: [{filter: mlp, value: [0.2, 0.9]}, {value: 0.5}]', 'parameters: {normalize: true}'),
+         'ties in float16, half': (', density: 0.5', ', density: 0.5', 'dtype: float16'), 'ties in half precision': (', density: 0.5', ', density: 0.5', 'dtype: bfloat16'), 'task_arithmetic to half precision': ('', '', 'dtype: float32\nout_dtype: float16'),
          'breadcrumbs': (', density: 0.4, gamma: 0.1', ', density: 0.8, gamma: 0.05', ''), 'breadcrumbs_ties': (', density: 0.4', ', density: 0.8', ''),
          'dare_linear': (', density: 1.0', ', density: 1.0', ''), 'dare_ties': (', density: 1.0', ', density: 1.0', '')}
 

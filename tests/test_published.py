@@ -7,8 +7,8 @@ from hypothesis import given, strategies as st
 from PIL import Image
 
 from subspace_nb.experts import Pool, import_open_clip, sha256
-from subspace_nb.hub import Checkpoint, families, fetch, image_tower, t5_tasks, to_open_clip
-from subspace_nb.published import (ClipScorer, T5Scorer, View, class_names, class_templates, clip_pool, fetch_data, held_out, image_columns, image_sets, image_task, load_rows, published,
+from subspace_nb.hub import Checkpoint, families, fetch, image_tower, pinned, t5_tasks, to_open_clip
+from subspace_nb.published import (ClipScorer, T5Scorer, View, class_names, class_templates, clip_pool, fetch_data, head_words, held_out, image_columns, image_sets, image_task, load_rows, published,
                                    question_sets, rank_choices, t5_pool, table1, word_f1)
 from subspace_nb.tasks import task_vector
 import_open_clip()
@@ -66,11 +66,11 @@ def test_validation_examples():
 # a hub cache with models and data
 
 def into_cache(folder, repo, cache, kind='models'):
-    root = cache/f"{kind}--{repo.replace('/', '--')}"
+    root, commit = cache/f"{kind}--{repo.replace('/', '--')}", pinned.get(repo, COMMIT)
     for d in ('blobs', 'refs'): (root/d).mkdir(parents=True, exist_ok=True)
-    (root/'refs'/'main').write_text(COMMIT)
+    (root/'refs'/'main').write_text(commit)
     for f in (f for f in folder.rglob('*') if f.is_file()):
-        blob, link = root/'blobs'/sha256(f), root/'snapshots'/COMMIT/f.relative_to(folder)
+        blob, link = root/'blobs'/sha256(f), root/'snapshots'/commit/f.relative_to(folder)
         link.parent.mkdir(parents=True, exist_ok=True); blob.write_bytes(f.read_bytes()); link.symlink_to(os.path.relpath(blob, link.parent))
 
 def letters(folder):
@@ -134,15 +134,46 @@ def test_pool_from_hub_end_to_end(cache):
     right = sum(int(a)==r['cls'] for a, r in zip(said, rows))/11
     table = pool.evaluate(pool.expert('fer2013'))
     assert abs(table.loc['fer2013', 'accuracy']-right)<1e-9 and abs(table.loc['fer2013', 'normalised']-1)<1e-9
-    assert pool.revisions=={r: COMMIT for r in ('openai/clip-vit-base-patch32', 'tanganke/clip-vit-base-patch32_rendered-sst2', 'tanganke/clip-vit-base-patch32_fer2013', 'nateraw/rendered-sst2', 'clip-benchmark/wds_fer2013')}
+    assert pool.revisions=={r: pinned.get(r, COMMIT) for r in ('openai/clip-vit-base-patch32', 'tanganke/clip-vit-base-patch32_rendered-sst2', 'tanganke/clip-vit-base-patch32_fer2013', 'nateraw/rendered-sst2', 'clip-benchmark/wds_fer2013')}
 
 def test_the_other_family_and_your_own_function(cache):
     folder, clip, tuned = cache
-    pool = clip_pool(tasks=['RenderedSST2'], family='tall_masks', cache_dir=folder, device='cpu')
-    want = task_vector(image_tower(clip.state_dict()), image_tower(tuned['rendered-sst2']))
-    assert all(torch.equal(pool.task_vector('RenderedSST2')[k], want[k]) for k in want) and 0<=pool.evaluate(pool.base).loc['mean', 'accuracy']<=1
-    own = clip_pool(tasks=['rendered-sst2'], cache_dir=folder, device='cpu', evaluate=lambda state, task, split: .5)
-    assert own.evaluate(own.base).loc['mean', 'accuracy']==.5 and not hasattr(own, 'scorer')
+    pool, own = clip_pool(tasks=['RenderedSST2'], family='tall_masks', cache_dir=folder, device='cpu'), tuned['rendered-sst2']
+    want = task_vector(image_tower(clip.state_dict(), proj=True), image_tower(own, proj=True))
+    assert 'visual.proj' in want and set(pool.task_vector('RenderedSST2'))==set(want) and all(torch.equal(pool.task_vector('RenderedSST2')[k], want[k]) for k in want)
+    by_hand = transformers.CLIPModel(clip.config).eval()                                        # all that was trained: the tower and the projection behind it
+    by_hand.load_state_dict(clip.state_dict() | {k: v for k, v in own.items() if k.startswith('vision_model.') or k=='visual_projection.weight'})
+    rows, head = pool.scorer.rows('RenderedSST2', 'test'), pool.scorer.head('RenderedSST2')
+    with torch.no_grad(): f = by_hand.get_image_features(pixel_values=torch.stack([pool.scorer.view(r['image']) for r in rows]))
+    right = ((f if isinstance(f, torch.Tensor) else f.pooler_output)@head.mT).argmax(1)==torch.tensor([r['label'] for r in rows])
+    assert pool.evaluate(pool.expert('RenderedSST2')).loc['mean', 'accuracy']==pytest.approx(right.float().mean().item(), abs=1e-4)
+    mine = clip_pool(tasks=['rendered-sst2'], cache_dir=folder, device='cpu', evaluate=lambda state, task, split: .5)
+    assert mine.evaluate(mine.base).loc['mean', 'accuracy']==.5 and not hasattr(mine, 'scorer')
+
+def test_heads_of_the_two_families():
+    for task in families['fusion_bench']: assert head_words(task, 'fusion_bench')==(class_names[image_task(task, 'fusion_bench')], class_templates[image_task(task, 'fusion_bench')])
+    for task in families['tall_masks']:
+        names, templates = head_words(task, 'tall_masks')
+        assert len(names)==len(class_names[image_task(task, 'tall_masks')]) and len(set(names))==len(names) and templates
+    assert head_words('KMNIST', 'tall_masks')[0][:3]==['o', 'ki', 'su'] and "['happy', 'smiling']" in head_words('FER2013', 'tall_masks')[0]
+    assert not any('_' in n for n in head_words('OxfordIIITPet', 'tall_masks')[0]) and 'apple_pie' in head_words('Food101', 'tall_masks')[0]
+
+@pytest.mark.parametrize('start', ['fork', 'spawn'])
+def test_images_are_read_by_workers(cache, start):
+    import multiprocessing
+    folder, _, _ = cache
+    accuracy = lambda **kw: (lambda pool: pool.evaluate(pool.base).loc['mean', 'accuracy'])(clip_pool(tasks=['rendered-sst2'], cache_dir=folder, device='cpu', **kw))
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(start, force=True)
+    try: assert accuracy(workers=2)==accuracy()
+    finally: multiprocessing.set_start_method(before, force=True)
+
+def test_data_as_the_hub_converts_it(tmp_path):
+    import datasets
+    for split in ('train', 'test'):
+        (tmp_path/'quartz'/split).mkdir(parents=True)
+        datasets.Dataset.from_dict(dict(question=[split]*3, label=[0, 1, 0])).to_parquet(tmp_path/'quartz'/split/'0000.parquet')
+    assert load_rows(tmp_path, 'test', 'quartz')['question']==['test']*3
 
 def test_scorer_refusals_and_limits(cache):
     folder, clip, _ = cache

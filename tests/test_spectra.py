@@ -8,8 +8,8 @@ from conftest import gap
 from hypothesis import given, strategies as st
 
 from subspace_nb import spectra
-from subspace_nb.spectra import (as_work, check_share, energy_rank, lift, map_spectrum, map_spectrum_svd, null_mask, numerical_rank,
-                                 polar, singular_values, stable_rank, svd)
+from subspace_nb.spectra import (Lazy, as_work, check_share, energy_rank, lift, map_spectrum, map_spectrum_svd, null_mask, numerical_rank,
+                                 polar, singular_values, stable_rank, stacked_r, sum_of, svd)
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 sizes = st.integers(1, 12)
@@ -276,3 +276,30 @@ def test_null_directions_stay_null_beside_faint_ones():
     out = map_spectrum(dw, torch.ones_like, 1e-9)
     assert (singular_values(out)>.5).sum()==66
     assert (out-spectra.map_spectrum_svd(dw, torch.ones_like, 1e-9)).norm()<1e-6*66**.5
+
+# one matrix at a time
+
+def test_lazy_lists():
+    asked = []
+    lazy = Lazy(3, lambda i: asked.append(i) or randn(i, 2, 2))
+    assert len(lazy)==3 and not asked and torch.equal(lazy[-1], randn(2, 2, 2)) and [torch.equal(w, randn(i, 2, 2)) for i, w in enumerate(lazy)]==[True]*3 and asked==[2, 0, 1, 2]
+    for i in (3, -4):
+        with pytest.raises(IndexError, match='3 matrices'): lazy[i]
+    with pytest.raises(IndexError, match='from within'): list(Lazy(2, lambda i: exec("raise IndexError('from within')")))      # not taken for the list's end
+
+@pytest.mark.parametrize('threads', [1, 2])
+@pytest.mark.parametrize('room', [0, 2**26])
+def test_sums_leave_the_items_as_they_are(threads, room):
+    ws = [randn(i, 3, 4) for i in range(5)]
+    kept, before = [w.clone() for w in ws], torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try: total = sum_of(lambda w: w, ws, room)
+    finally: torch.set_num_threads(before)
+    assert torch.equal(total, sum(kept)) and all(map(torch.equal, ws, kept)) and torch.equal(sum_of(lambda w: w, ws[:1]), kept[0])
+
+@pytest.mark.parametrize('room', [0, 200, 2**26])
+@pytest.mark.parametrize('rows', [(5, 5, 5), (1, 1), (2, 9, 1)])
+def test_triangular_factor_of_a_stack(rows, room):
+    ws = [10.**-i*randn(i, 2, m, 4) for i, m in enumerate(rows)]
+    r, stack = stacked_r(ws, room), torch.cat(ws, -2)
+    assert r.shape==(2, min(4, sum(rows)), 4) and torch.equal(r, r.triu()) and gap(r.mT@r, stack.mT@stack)<1e-13
