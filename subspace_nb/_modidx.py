@@ -1356,6 +1356,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'subspace_nb.zoo_build.licences': ('pool.html#licences', 'subspace_nb/zoo_build.py'),
                                        'subspace_nb.zoo_build.main': ('pool.html#main', 'subspace_nb/zoo_build.py'),
                                        'subspace_nb.zoo_build.main_language': ('pool.html#main_language', 'subspace_nb/zoo_build.py'),
+                                       'subspace_nb.zoo_build.main_pool': ('pool.html#main_pool', 'subspace_nb/zoo_build.py'),
                                        'subspace_nb.zoo_build.make_base': ('pool.html#make_base', 'subspace_nb/zoo_build.py'),
                                        'subspace_nb.zoo_build.make_clean': ('pool.html#make_clean', 'subspace_nb/zoo_build.py'),
                                        'subspace_nb.zoo_build.make_expert': ('pool.html#make_expert', 'subspace_nb/zoo_build.py'),

@@ -6,10 +6,10 @@
 __all__ = ['tasks', 'pretrain', 'recipe', 'stem_package', 'draw_groups', 'split', 'Work', 'source', 'parts', 'timm_names', 'half',
            'make_stem', 'stem_of', 'make_clean', 'make_field', 'clean_of', 'field_of', 'rate', 'base_data', 'make_base',
            'base_of', 'tune', 'make_expert', 'expert_of', 'ship_images', 'ship_weights', 'licences', 'ship', 'score',
-           'build', 'main_language', 'main', 'regime']
+           'build', 'main_language', 'main_pool', 'main', 'regime']
 
 # %% ../nbs/90_pool.ipynb #8facfbef
-import io, json, math, os, platform, shutil, time
+import io, json, math, os, platform, shutil, sys, time
 from importlib.metadata import version
 from pathlib import Path
 import numpy as np
@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from .experts import (EmbeddedPool, Pool, Stem, Vision, cache_folder, field, from_sheet, noise_seed, read_state, sha256, stem_features,
                                  to_sheet, write_state)
 from .language import fit, pick, write_bytes
+from .stream import check_device
 from .tasks import TaskVector, default_device, task_vector
 
 # %% ../nbs/90_pool.ipynb #68e987df
@@ -401,6 +402,20 @@ def main_language(
     print(f"on {w.device}, {torch.get_num_threads()} threads, in {w.root}")
     build_language(w, fetch)
 
+def main_pool(
+    work:str, # as in `main`
+    cache:str, # as in `main`
+    to:str, # as in `main`
+    device:str, # as in `main`
+):
+    "Rebuild the embedded pool; finished stages are only read."
+    w = Work(work or 'pool_work', cache, device or None); t = time.perf_counter()
+    print(f"on {w.device}, {torch.get_num_threads()} threads")
+    index = build(w, to)
+    top, low = [np.mean([r[k]['test'] for r in index['tasks']]) for k in ('expert', 'base')]
+    print(f"{to}: {sum(f['size'] for f in index['files'].values())/1e6:.1f} MB, base {low:.3f}, experts {top:.3f}; "
+          f"stages took {sum(s['seconds'] for s in index['stages'].values())/60:.1f} minutes, {(time.perf_counter()-t)/60:.1f} of them now")
+
 @call_parse(pos=['what'])
 def main(
     what:str='pool', # pool: this chapter's twenty experts; language: chapter 31's eight
@@ -412,14 +427,13 @@ def main(
 ):
     "Rebuild the embedded pool from its sources."
     if what not in ('pool', 'language'): raise CliError(f"what must be pool or language, not {what}")
+    try: check_device(device or None)
+    except (ValueError, RuntimeError) as e: raise CliError(str(e)) from None
     if threads: torch.set_num_threads(threads)
-    if what=='language': return main_language(work, cache, device)
-    w = Work(work or 'pool_work', cache, device or None); t = time.perf_counter()
-    print(f"on {w.device}, {torch.get_num_threads()} threads")
-    index = build(w, to)
-    top, low = [np.mean([r[k]['test'] for r in index['tasks']]) for k in ('expert', 'base')]
-    print(f"{to}: {sum(f['size'] for f in index['files'].values())/1e6:.1f} MB, base {low:.3f}, experts {top:.3f}; "
-          f"stages took {sum(s['seconds'] for s in index['stages'].values())/60:.1f} minutes, {(time.perf_counter()-t)/60:.1f} of them now")
+    try: return main_language(work, cache, device) if what=='language' else main_pool(work, cache, to, device)
+    except KeyboardInterrupt:
+        print('interrupted; the same command goes on where this one stopped', file=sys.stderr)
+        raise SystemExit(130) from None
 
 # %% ../nbs/90_pool.ipynb #dd0cc240
 def regime(

@@ -3,6 +3,7 @@ import json, shutil
 from importlib.resources import files
 from pathlib import Path
 import numpy as np, pytest, torch
+from fastcore.script import CliError
 from hypothesis import given, settings, strategies as st
 from subspace_nb import zoo_build
 from subspace_nb.experts import EmbeddedPool, Pool, Stem, Vision, cache_folder, check_state, pixels, stem_features
@@ -86,3 +87,12 @@ def test_model_parts():
     model = Vision(64, 2, 16); assert model(f.float()).shape==(3, 16)
     state = model.state_dict(); assert check_state(state, state) is state and cache_folder().name
     with pytest.raises(ValueError, match='visual.proj'): check_state({k: v for k, v in state.items() if k!='visual.proj'}, state)
+
+def test_commands_that_cannot_go_on(tmp_path, monkeypatch, capsys):
+    def stop(*args): raise KeyboardInterrupt
+    monkeypatch.setattr(zoo_build, 'main_language', stop)
+    with pytest.raises(SystemExit) as e: zoo_build.main('language', work=str(tmp_path), device='cpu')
+    assert e.value.code==130 and 'goes on where this one stopped' in capsys.readouterr().err
+    for device in ('nothing', *(() if torch.cuda.is_available() else ('cuda',))):
+        with pytest.raises(CliError, match='device'): zoo_build.main('language', work=str(tmp_path), device=device)
+    with pytest.raises(CliError, match='what must be'): zoo_build.main('speech')
