@@ -227,7 +227,7 @@ def sum_of(
 )->Tensor: # the sum of the results, in their order
     "Σ fn(item), spread over the cores as far as there is room for several results."
     total = fn(items[0])
-    step = max(1, room//max(1, total.nbytes))
+    step = 1 if total.is_cuda else max(1, room//max(1, total.nbytes))      # a GPU takes one after the other
     for a in range(1, len(items), step):
         for i, x in enumerate(spread(lambda i: fn(items[i]), range(a, min(a+step, len(items))))):
             total = total.add_(x) if a+i>1 else total+x                    # the first result may be the item itself
