@@ -118,7 +118,7 @@ def factors(
         at = slice(i*k, i*k+k)
         torch.mul(basis, w, out=p[:, at]); torch.mul(coords, w[:, None], out=a[at])
         return coords.norm() if steps.norm=='kept' else norm
-    norms = torch.stack([one(i) for i in range(n)] if p.is_cuda else spread(one, range(n)))
+    norms = torch.stack(spread(one, range(n), alone=p.is_cuda))
     if steps.task: a.unflatten(0, (n, k)).mul_(_relative(norms).square()[:, None, None])
     return p, a.mul_(_relative(a.norm(dim=0)).square()) if steps.dimension else a
 

@@ -419,8 +419,7 @@ def boosted_merge(
     flat = lambda a: a.reshape(-1, *a.shape[-2:])
     at = lambda b: Lazy(len(mats), lambda i: flat(mats[i])[b:b+1].double())
     one = lambda b: _boosted_one(at(b), beta, pi, scale, eps, dtype)
-    n = prod(lead)
-    return torch.cat([one(b) for b in range(n)] if first.is_cuda or n<2 else spread(one, range(n))).reshape(*lead, *shape)
+    return torch.cat(spread(one, range(prod(lead)), alone=first.is_cuda)).reshape(*lead, *shape)
 
 def _boosted_one(mats, beta, pi, scale, eps, dtype): # Lazy matrices (1, out, in), looked at one after the other
     xs, w, v, *_ = right_side(mats, pi, eps)

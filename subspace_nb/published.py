@@ -26,7 +26,7 @@ from .merge import paper_grid, ties
 from .score import tune
 from .boost import subspace_boosting
 from .vision import Experts, methods
-from .hub import Checkpoint, clip_models, commit_of, fetch, families, from_open_clip, hub_ids, locate, pinned, pool_from_hub, t5_tasks, zero_shot_head
+from .hub import Checkpoint, clip_models, commit_of, fetch, families, from_open_clip, hub_ids, locate, pool_from_hub, t5_tasks, zero_shot_head
 
 # %% ../nbs/35_published.ipynb #1d567a22
 _names = '''

@@ -198,12 +198,13 @@ def give_back():
 def spread(
     fn:Callable, # called with the items of one piece of work
     *items:Iterable, # independent pieces of work: one list for each argument of `fn`
+    alone:bool=False, # one after the other: what is handed out are indices of tensors on a GPU
 )->list: # fn of each, in order
     "`map` with one single-threaded worker per core; tensors on a GPU take their turn."
     work = list(zip(*items))
     threads = torch.get_num_threads()
     n = min(threads, len(work), 8)
-    if n<2 or getattr(work[0][0], 'is_cuda', False): return [fn(*w) for w in work]
+    if n<2 or alone or getattr(work[0][0], 'is_cuda', False): return [fn(*w) for w in work]
     try:
         with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as pool: return list(pool.map(lambda w: fn(*w), work))
     finally: torch.set_num_threads(threads); give_back()
@@ -227,9 +228,9 @@ def sum_of(
 )->Tensor: # the sum of the results, in their order
     "Σ fn(item), spread over the cores as far as there is room for several results."
     total = fn(items[0])
-    step = 1 if total.is_cuda else max(1, room//max(1, total.nbytes))      # a GPU takes one after the other
+    step = max(1, room//max(1, total.nbytes))
     for a in range(1, len(items), step):
-        for i, x in enumerate(spread(lambda i: fn(items[i]), range(a, min(a+step, len(items))))):
+        for i, x in enumerate(spread(lambda i: fn(items[i]), range(a, min(a+step, len(items))), alone=total.is_cuda)):
             total = total.add_(x) if a+i>1 else total+x                    # the first result may be the item itself
             del x
     give_back()

@@ -32,7 +32,7 @@ import subspace_nb
 from .spectra import Lazy, as_work, check_share, give_back
 from .tasks import TaskVector, block_index, check_attention, check_taus, counts_positions, default_device, in_block, row_slices, task_vector, two_dim
 from .experts import sha256
-from .merge import average, band_ranks, breadcrumbs, consensus, agreement, dare, dropped, elect, in_pieces, l1_norm, lines_factors, model_stock, stock_tensor, task_arithmetic, ties, trimmed
+from .merge import _total, average, band_ranks, breadcrumbs, consensus, agreement, dare, dropped, elect, in_pieces, l1_norm, lines_factors, model_stock, stock_tensor, task_arithmetic, ties, trimmed
 from .boost import subspace_boosting
 from .rivals import in_basis, input_gram, iso_c, iso_cts, iso_sizes, knots, regmean, regmean_matrix, room_for, shared_outputs, task_rank, tsv_m
 from .hogsvd import higher_order_boosting, merge_moved
@@ -576,10 +576,8 @@ def measure_unit(
     piece = lambda p: as_work(_scratch(job, name, shape, p, kind))
     return dict(sum=l1, merged=sum(l1_norm(piece(p)) for p in in_pieces(n)), norm=piece(slice(None)).norm().item() if job.method=='esm' else None, dtype=kind)
 
-def _sum_of_changes(job, names, part):
-    total = 0.
-    for i in range(len(job.experts)): total = total+as_work(read_taus(replace(job, experts=job.experts[i:i+1]), names, part)[1][0])
-    return total
+def _sum_of_changes(job, names, part): # one expert after the other
+    return _total(as_work(read_taus(replace(job, experts=(path,)), names, part)[1][0]) for path in job.experts)
 
 def _scratch(job, name, shape, part, kind): # what `measure_unit` left
     wide = job.stats['wide']
